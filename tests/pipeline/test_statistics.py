@@ -1,0 +1,186 @@
+"""Intervals cover the truth as often as they say, use the pairing, and do not depend on the order of anything."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from kd_lightning.pipeline.statistics import gap_closed, paired_difference
+
+
+def simulate(rng, accuracies, seeds, samples, *, seed_sd=0.006, image_sd=0.9):
+    """Correct answers (seeds, samples) for each accuracy: images differ in difficulty, and so do training runs.
+
+    The models share the images' difficulty, and each run's accuracy lies about its model's with `seed_sd`.
+    """
+    spread = np.sqrt(1 + image_sd**2)
+    difficulty = rng.normal(0, image_sd, samples)
+    answers = []
+    for accuracy in accuracies:
+        runs = accuracy + rng.normal(0, seed_sd if seeds > 1 else 0.0, (seeds, 1))
+        skill = stats.norm.ppf(runs) * spread
+        answers.append(skill - difficulty + rng.normal(0, 1, (seeds, samples)) > 0)
+    return answers
+
+
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(1, 0.0), (3, 0.006), (3, 0.02), (5, 0.01)])
+def test_the_interval_of_a_difference_covers_the_truth_and_is_not_absurdly_wide(seeds, seed_sd):
+    rng = np.random.default_rng(seeds)
+    truth, covered, widths, estimates = 0.05, 0, [], []
+    for _ in range(500):
+        a, b = simulate(rng, (0.80, 0.75), seeds, 400, seed_sd=seed_sd)
+        interval = paired_difference(a, b)
+        covered += interval.low <= truth <= interval.high
+        widths.append(interval.high - interval.low)
+        estimates.append(interval.mean)
+    assert 0.92 <= covered / 500 <= 0.99
+    # An oracle that knows the estimate's spread would need 2 * 1.96 of it; t with 2 degrees of freedom needs 2 * 4.3.
+    assert 3.5 < np.median(widths) / np.std(estimates) < 8.7
+
+
+def test_the_interval_of_the_share_covers_the_truth():
+    rng = np.random.default_rng(0)
+    covered, bounded = 0, 0
+    for _ in range(300):
+        (teacher,) = simulate(rng, (0.90,), 1, 600)
+        alone, distilled = simulate(rng, (0.74, 0.80), 3, 600)
+        share = gap_closed(teacher, alone, distilled)
+        # True for this one teacher: its accuracy is 0.90, the gap 0.16, the gain 0.06.
+        bounded += share.low is not None
+        covered += share.low is None or share.low <= 0.06 / 0.16 <= share.high
+    assert bounded == 300
+    assert 0.92 <= covered / 300 <= 0.995
+
+
+def test_the_formula_on_figures_worked_out_by_hand():
+    a = np.array([[1, 1, 1, 0], [1, 1, 0, 1]], dtype=bool)
+    b = np.array([[1, 0, 1, 0], [0, 1, 0, 0]], dtype=bool)
+    # differences: [0 1 0 0], [1 0 0 1]; by seed .25, .5; by sample .5, .5, 0, .5
+    v_seeds, v_samples = 0.03125 / 2, 0.0625 / 4
+    df = (v_seeds + v_samples) ** 2 / (v_seeds**2 / 1 + v_samples**2 / 3)
+    margin = stats.t.ppf(0.975, df) * np.sqrt(v_seeds + v_samples)
+    interval = paired_difference(a, b)
+    assert interval.mean == 0.375
+    assert interval.low == pytest.approx(0.375 - margin)
+    assert interval.high == pytest.approx(0.375 + margin)
+
+
+def test_one_seed_gives_the_paired_t_test_over_samples():
+    rng = np.random.default_rng(1)
+    a, b = rng.random((1, 200)) < 0.8, rng.random((1, 200)) < 0.7
+    reference = stats.ttest_rel(a[0].astype(float), b[0].astype(float)).confidence_interval(0.95)
+    interval = paired_difference(a, b)
+    assert (interval.low, interval.high) == pytest.approx((reference.low, reference.high))
+
+
+def test_the_same_accuracies_paired_otherwise_give_another_interval():
+    a = np.arange(1000)[None] < 800
+    nested = np.arange(1000)[None] < 760  # wrong wherever a is
+    elsewhere = np.arange(1000)[None] >= 240  # as often right, on other images
+    close, far = paired_difference(a, nested), paired_difference(a, elsewhere)
+    assert close.mean == far.mean == pytest.approx(0.04)
+    assert close.low > 0 > far.low
+
+
+def test_pairing_of_seeds_matters():
+    rng = np.random.default_rng(2)
+    images = rng.random(4000)
+    a = np.stack([images < level for level in (0.70, 0.75, 0.80)])
+    b = np.stack([images < level - 0.01 for level in (0.70, 0.75, 0.80)])
+    paired, crossed = paired_difference(a, b), paired_difference(a, b[[2, 0, 1]])
+    assert paired.mean == pytest.approx(crossed.mean)
+    assert paired.low > 0 > crossed.low
+
+
+answers = arrays(bool, (3, 12))
+
+
+@settings(max_examples=50, deadline=None)
+@given(answers, answers, st.permutations(range(12)), st.permutations(range(3)))
+def test_a_difference_swaps_its_sign_and_ignores_the_order(a, b, samples, seeds):
+    one = paired_difference(a, b)
+    swapped = paired_difference(b, a)
+    assert (swapped.mean, swapped.low, swapped.high) == pytest.approx((-one.mean, -one.high, -one.low))
+    shuffled = paired_difference(a[seeds][:, samples], b[seeds][:, samples])
+    assert (shuffled.mean, shuffled.low, shuffled.high) == pytest.approx((one.mean, one.low, one.high))
+    assert one.low <= one.mean <= one.high
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(bool, (1, 12)), answers, answers, st.permutations(range(12)), st.permutations(range(3)))
+def test_a_share_ignores_the_order_and_is_bounded_exactly_where_the_gap_is_shown(t, alone, distilled, samples, seeds):
+    one = gap_closed(t, alone, distilled)
+    shuffled = gap_closed(t[:, samples], alone[seeds][:, samples], distilled[seeds][:, samples])
+    for left, right in zip(vars(one).values(), vars(shuffled).values(), strict=True):
+        assert left == right or left == pytest.approx(right, abs=1e-6, rel=1e-6)
+    gap = paired_difference(t, alone)
+    assert (one.mean is None) == (gap.mean <= 0)
+    assert (one.low is None) == (one.high is None) == (gap.low < 1e-9)
+    if one.low is not None:
+        assert one.low <= one.mean <= one.high
+
+
+@pytest.fixture
+def students():
+    rng = np.random.default_rng(3)
+    return simulate(rng, (0.92,), 1, 1500)[0], *simulate(rng, (0.75, 0.80), 3, 1500)
+
+
+def test_the_share_is_the_set_that_the_paired_test_does_not_reject(students):
+    teacher, alone, distilled = students
+    share = gap_closed(teacher, alone, distilled)
+    assert share.mean == pytest.approx((distilled.mean() - alone.mean()) / (teacher.mean() - alone.mean()))
+    gain, gap = 1.0 * distilled - alone, 1.0 * teacher - alone
+
+    def rejected(r):
+        x = gain - r * gap
+        v = np.array([x.mean(1).var(ddof=1) / 3, x.mean(0).var(ddof=1) / 1500])
+        df = v.sum() ** 2 / (v[0] ** 2 / 2 + v[1] ** 2 / 1499)
+        return abs(x.mean()) > stats.t.ppf(0.975, df) * np.sqrt(v.sum())
+
+    grid = np.linspace(share.mean - 1, share.mean + 1, 2001)
+    kept = [r for r in grid if not rejected(r)]
+    assert share.low == pytest.approx(min(kept), abs=0.0011)
+    assert share.high == pytest.approx(max(kept), abs=0.0011)
+
+
+def test_a_student_that_became_the_teacher_closed_the_gap_and_one_that_stayed_closed_nothing(students):
+    teacher, alone, _ = students
+    whole = gap_closed(teacher, alone, np.repeat(teacher, 3, axis=0))
+    assert (whole.mean, whole.low, whole.high) == pytest.approx((1, 1, 1))
+    nothing = gap_closed(teacher, alone, alone)
+    assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
+
+
+def test_no_share_of_a_gap_that_is_not_there(students):
+    teacher, alone, distilled = students
+    weak = gap_closed(~teacher, alone, distilled)
+    assert (weak.mean, weak.low, weak.high) == (None, None, None)
+    barely = alone[:1].copy()
+    barely[0, np.flatnonzero(~barely[0])[:40]] = True
+    barely[0, np.flatnonzero(alone[0])[:30]] = False
+    unclear = gap_closed(barely, alone[:1], distilled[:1])
+    assert unclear.mean is not None
+    assert (unclear.low, unclear.high) == (None, None)
+
+
+def test_one_teacher_is_compared_with_every_seed(students):
+    teacher, alone, distilled = students
+    repeated = np.repeat(teacher, 3, axis=0)
+    assert paired_difference(teacher, alone) == paired_difference(repeated, alone)
+    assert gap_closed(teacher, alone, distilled) == gap_closed(repeated, alone, distilled)
+
+
+def test_what_cannot_be_paired_is_refused():
+    with pytest.raises(ValueError, match=r"got \(3, 10\) and \(3, 11\): test both networks on the same images"):
+        paired_difference(np.ones((3, 10), bool), np.ones((3, 11), bool))
+    with pytest.raises(ValueError, match="got 3 and 2 seeds: pass the runs of the seeds that both have"):
+        paired_difference(np.ones((3, 10), bool), np.ones((2, 10), bool))
+    with pytest.raises(ValueError, match=r"expected two arrays \(seeds, samples\)"):
+        paired_difference(np.ones(10, bool), np.ones(10, bool))
+    with pytest.raises(ValueError, match="2 or more test samples"):
+        paired_difference(np.ones((3, 1), bool), np.ones((3, 1), bool))
+    with pytest.raises(ValueError, match="1 pairs of seeds, teacher and alone 3: pass the same seeds"):
+        gap_closed(np.ones((3, 10), bool), np.zeros((1, 10), bool), np.zeros((1, 10), bool))
