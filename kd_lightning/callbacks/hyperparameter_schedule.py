@@ -1,0 +1,119 @@
+"""Change a hyper-parameter while training goes on."""
+
+import math
+from operator import attrgetter
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from kd_lightning.objective import find_objective
+from kd_lightning.schedules import Schedule
+from kd_lightning.tracking.metrics import logs_this_step
+
+
+class HyperparameterSchedule(Callback):
+    """Set an attribute of the LightningModule from a schedule, before each training batch.
+
+    Progress is the share of optimizer steps taken, so a schedule is the same under gradient accumulation and goes on
+    where it was after a resume. The value is logged under its path, with slashes.
+
+    Args:
+        path: Dotted path from the LightningModule, such as ``"losses.dkd.weight"``. With the ``Distillation`` callback
+            ``losses`` are that callback's.
+        schedule: Progress in [0, 1] to a value; see ``kd_lightning.schedules``.
+
+    Raises:
+        ValueError: At the start of ``fit``, when the path does not lead to a number, or the length of the training
+            is not known.
+
+    Example:
+        >>> from kd_lightning.schedules import warmup
+        >>> callback = HyperparameterSchedule("losses.hint.weight", warmup(100.0, duration=0.1))
+    """
+
+    def __init__(self, path: str, schedule: Schedule) -> None:
+        self.path = path
+        self.schedule = schedule
+        self._owner, _, self._name = path.rpartition(".")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_length_is_known(trainer)
+        try:
+            value = getattr(self._find_owner(pl_module), self._name)
+        except AttributeError as error:
+            raise ValueError(f"schedule path {self.path!r}: {error}{_known(pl_module)}") from error
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"schedule path {self.path!r} leads to a {type(value).__name__}, expected a number")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        value = self.schedule(progress(trainer))
+        setattr(self._find_owner(pl_module), self._name, value)
+        if logs_this_step(trainer):
+            pl_module.log(self.path.replace(".", "/"), value)
+
+    def _find_owner(self, module: LightningModule) -> object:
+        if not self._owner:
+            return module
+        root, _, rest = self._owner.partition(".")
+        # The module's own attribute first; then the objective that the Distillation callback hung on it.
+        start = module if hasattr(module, root) else find_objective(module)
+        return attrgetter(f"{root}.{rest}" if rest else root)(start)
+
+
+class TemperatureSchedule(Callback):
+    """Set the temperature of the losses from a schedule, before each training batch.
+
+    The loss softens student and teacher by it and carries its square, so all three move together. It is logged as
+    ``kd/temperature``.
+
+    Args:
+        schedule: Progress in [0, 1] to a temperature > 0; see ``kd_lightning.schedules``.
+        loss: Name of the loss; all that have a temperature unless given.
+
+    Raises:
+        ValueError: At the start of ``fit``, when no such loss is there, or the length of the training is not known.
+
+    Example:
+        >>> from kd_lightning.schedules import linear
+        >>> callback = TemperatureSchedule(linear(8.0, 1.0))
+    """
+
+    def __init__(self, schedule: Schedule, loss: str | None = None) -> None:
+        self.schedule = schedule
+        self.loss = loss
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_length_is_known(trainer)
+        objective = find_objective(pl_module)
+        found = objective.temperatures() if objective is not None else {}
+        if self.loss is not None and self.loss not in found:
+            raise ValueError(f"no loss {self.loss!r} has a temperature to schedule; those that have one: {list(found)}")
+        if not found:
+            raise ValueError("no loss has a temperature to schedule, expected for instance losses={'kd': KD()}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        value = self.schedule(progress(trainer))
+        objective = find_objective(pl_module)
+        assert objective is not None
+        for name in objective.temperatures():
+            if self.loss in (None, name):
+                setattr(objective.losses[name], "temperature", value)  # noqa: B010
+
+
+def progress(trainer: Trainer) -> float:
+    """Return the share of the optimizer steps taken, in [0, 1]."""
+    return min(trainer.global_step / max(trainer.estimated_stepping_batches, 1), 1.0)
+
+
+def check_length_is_known(trainer: Trainer) -> None:
+    """Raise ValueError when there is no progress to speak of."""
+    length = trainer.estimated_stepping_batches
+    if not math.isfinite(length) or length < 1:
+        raise ValueError(
+            f"a schedule needs the number of optimizer steps, got {length}: pass the Trainer max_steps, or max_epochs "
+            "with a loader that has a length"
+        )
+
+
+def _known(module: LightningModule) -> str:
+    objective = find_objective(module)
+    return f"; losses here: {list(objective.named_losses())}" if objective is not None else ""

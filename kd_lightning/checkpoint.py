@@ -1,0 +1,81 @@
+"""Read a network's weights from checkpoints, without running anything that a file brings along."""
+
+import pickle
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+
+def load_student(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint of :class:`~kd_lightning.DistillationModule`: the bare student's state dict.
+
+    Reads plain state dicts too.
+
+    Raises:
+        ValueError: For a file that is no checkpoint, is torn, or holds more than tensors and plain values.
+
+    Example::
+
+        network.load_state_dict(load_student("last.ckpt"))
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: expected a whole file with tensors and plain values, got: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; is it torn, or of another program?"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
+    return dict(state)
+
+
+def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
+    """Load a checkpoint into a network, strictly; a common prefix of the checkpoint's names is taken off.
+
+    Raises:
+        ValueError: When names or shapes do not fit; nothing has been loaded then.
+    """
+    state, expected = load_student(path), network.state_dict()
+    for prefix in _prefixes(state, expected):
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if inner.keys() == expected.keys():
+            state = inner
+            break
+    problem = mismatch(network, state)
+    if problem:
+        raise ValueError(f"{path} does not fit {type(network).__name__}: {problem}")
+    network.load_state_dict(state)
+
+
+def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Say how a state dict differs from what the network expects; an empty string where it fits."""
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(value.shape)} in the network"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if not (missing or unexpected or shapes):
+        return ""
+    return (
+        f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('of another shape', shapes)}"
+        "expected a checkpoint of this very architecture: check its depth, width and number of classes"
+    )
+
+
+def _prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    first = next(iter(expected), "")
+    return [name.removesuffix(first) for name in state if name.endswith(first)]
+
+
+def _few(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; "

@@ -1,0 +1,67 @@
+"""FitNets: Hints for Thin Deep Nets (Romero et al., ICLR 2015), https://arxiv.org/abs/1412.6550."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_lightning.losses.base import DistillationLoss, check_same_shape
+from kd_lightning.outputs import Outputs
+
+
+def hint(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error between the projected guided layer and the hint layer (eq. 3, mean in place of ½·sum).
+
+    Shape:
+        student, teacher: equal; (B, C, H, W), (B, S, D) or (B, D).
+    """
+    check_same_shape(student, teacher, "features")
+    return F.mse_loss(student, teacher.detach())
+
+
+class Hint(DistillationLoss):
+    """Regress a teacher's layer from a student's layer through a learnt projector.
+
+    The projector is a convolution for maps and a linear layer otherwise; its channels come from the dry forward pass.
+    Where the maps differ in size, the larger is average-pooled to the smaller.
+
+    Args:
+        student_layer: The guided layer.
+        teacher_layer: The hint layer; the student's name unless given.
+        kernel_size: Of the convolution, odd.
+        weight: Factor of the term; published CIFAR-100 tables use 100.
+
+    Raises:
+        ValueError: For an even kernel; in :meth:`build`, for layers of different kinds (a map and a vector).
+    """
+
+    projector: nn.Module
+
+    def __init__(
+        self, student_layer: str, teacher_layer: str | None = None, kernel_size: int = 1, weight: float = 1.0
+    ) -> None:
+        super().__init__(weight, [student_layer], [teacher_layer or student_layer])
+        if kernel_size % 2 != 1:
+            raise ValueError(f"expected an odd kernel_size, got {kernel_size}: the map has to keep its size")
+        self.kernel_size = kernel_size
+        self.projector = nn.Identity()
+
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        assert teacher is not None
+        s, t = student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
+        if s.ndim != t.ndim or s.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"hint: student layer {self.student_layers[0]!r} gives {tuple(s.shape)} and teacher layer "
+                f"{self.teacher_layers[0]!r} {tuple(t.shape)}, expected both (B, C, H, W), (B, S, D) or (B, D): name "
+                "layers of the same kind"
+            )
+        if s.ndim == 4:
+            self.projector = nn.Conv2d(s.shape[1], t.shape[1], self.kernel_size, padding=self.kernel_size // 2)
+        else:
+            self.projector = nn.Linear(s.shape[-1], t.shape[-1])
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        s, t = student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
+        if s.ndim == 4:
+            size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
+            s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
+        dtype = next(self.projector.parameters()).dtype  # bfloat16 where the whole training is
+        return hint(self.projector(s.to(dtype)).to(s.dtype), t)

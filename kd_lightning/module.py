@@ -1,0 +1,189 @@
+"""The first front door: distillation from two networks."""
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.objective import DistillationObjective
+from kd_lightning.outputs import run
+from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
+from kd_lightning.tasks import Batch, Classification
+from kd_lightning.teachers import Teacher
+from kd_lightning.tracking.metrics import log_terms, logs_this_step
+
+_STUDENT, _OBJECTIVE = "student.", "objective."
+
+
+class DistillationModule(LightningModule):
+    """Train a student network on a teacher's outputs.
+
+    ``forward`` is the student's: temperature 1, no teacher. A checkpoint's ``state_dict`` holds the bare student under
+    the names of its own ``state_dict()``; the losses' parameters are beside it, under ``losses``.
+
+    Args:
+        student: Returns logits, or an object with ``.logits``. To compile it, call ``student.compile()``.
+        teacher: Gets the very tensors that the student gets. None for a student alone, with losses that need none.
+        losses: By name, such as ``{"hard_label": HardLabel(weight=0.1), "kd": KD(temperature=4.0, weight=0.9)}``.
+        optimizer: Called with the parameters of the student and of the losses.
+        scheduler: Called with the optimizer; where it takes ``total_steps`` or ``T_max``, also with the number of
+            optimizer steps of the whole training. Stepped after each optimizer step.
+        task: Reads and scores batches; classification unless given.
+        check_teacher: Refuse a teacher that scores at chance on the training loader.
+
+    Raises:
+        ValueError: At the start of ``fit``, for whatever :mod:`kd_lightning.preflight` finds.
+
+    Example:
+        >>> from kd_lightning.losses import KD, HardLabel
+        >>> module = DistillationModule(
+        ...     student=nn.Linear(4, 3),
+        ...     teacher=Teacher(nn.Linear(4, 3)),
+        ...     losses={"hard_label": HardLabel(weight=0.1), "kd": KD(temperature=4.0, weight=0.9)},
+        ...     optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        ... )
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | None,
+        losses: Mapping[str, DistillationLoss],
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        task: Classification | None = None,
+        check_teacher: bool = True,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.objective = DistillationObjective(losses)
+        self.task = task or Classification()
+        self.check_teacher = check_teacher
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self._built = False
+        self._rng_state: Tensor | None = None
+        self._accuracy, self._agreement, self._teacher_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
+        self._teacher_accuracy_logged = False
+        check_parts(self.teacher, self.objective)
+
+    @property
+    def losses(self) -> nn.ModuleDict:
+        """The losses by name; ``losses.kd.temperature`` is the path of a schedule."""
+        return self.objective.losses
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.student(*args, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not self._built:
+            dry_run(self, self.student, self.teacher, self.objective, self.task)
+            self._built = True
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [*self.student.parameters(), *self.objective.parameters()]
+        optimizer = self._optimizer([p for p in parameters if p.requires_grad])
+        if self._scheduler is None:
+            return optimizer
+        # A partial lists an argument that it has bound with the bound value as default.
+        free = {n for n, p in signature(self._scheduler).parameters.items() if p.default in (p.empty, None)}
+        steps = {name: self.trainer.estimated_stepping_batches for name in ("total_steps", "T_max") if name in free}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler(optimizer, **steps), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        self._place_teacher()
+        if self.teacher is not None and self.check_teacher:
+            check_teacher_accuracy(self, self.teacher, self.task)
+
+    def on_validation_start(self) -> None:
+        self._place_teacher()
+
+    def on_test_start(self) -> None:
+        self._place_teacher()
+
+    def on_train_start(self) -> None:
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+            self._rng_state = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        args, kwargs, target = self.task.read(batch)
+        # The teacher first: its activations are gone before the student's are kept for the backward pass.
+        teacher = None
+        if self.teacher is not None and self.objective.needs_teacher:
+            teacher = self.teacher(args, kwargs, self.objective.teacher_layers)
+        student = run(self.student, args, kwargs, self.objective.student_layers)
+        total: Tensor
+        total, terms = self.objective(student, teacher, target)
+        if logs_this_step(self.trainer):
+            log_terms(self, self.objective, total, terms, teacher, batch_size=len(student.logits))
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._score(self.task.read(batch), "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._score(self.task.read(batch), "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the student's logits."""
+        args, kwargs, _ = self.task.read(batch)
+        return run(self.student, args, kwargs).logits
+
+    def on_validation_epoch_end(self) -> None:
+        if self.teacher is None or self._teacher_accuracy_logged or self._teacher_accuracy.update_count == 0:
+            return
+        self.log("val/teacher_acc", self._teacher_accuracy.compute(), sync_dist=True)
+        self._teacher_accuracy.reset()
+        self._teacher_accuracy_logged = not self.trainer.sanity_checking
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state: dict[str, Tensor] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = _under(state, _STUDENT)
+        checkpoint["losses"] = _under(state, _OBJECTIVE)
+        checkpoint["rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint["state_dict"], self.student)
+        losses = checkpoint.pop("losses", {})
+        if not self._built:  # loaded outside a Trainer: the projectors' shapes are not known, nor are they needed
+            losses = {name: value for name, value in losses.items() if name in self.objective.state_dict()}
+        checkpoint["state_dict"] = {
+            **{_STUDENT + name: value for name, value in checkpoint["state_dict"].items()},
+            **{_OBJECTIVE + name: value for name, value in losses.items()},
+        }
+        self._rng_state = checkpoint.get("rng_state")
+
+    def _place_teacher(self) -> None:
+        if self.teacher is not None:
+            floating = [p.dtype for p in self.student.parameters() if p.is_floating_point()]
+            self.teacher.to(self.device, floating[0] if floating else None)
+
+    def _score(self, batch: Batch, prefix: str) -> None:
+        args, kwargs, target = batch
+        student = run(self.student, args, kwargs)
+        if target is not None:
+            self._accuracy.update(self.task.correct(student.logits, target).float())
+            self.log(f"{prefix}/acc", self._accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        if self.teacher is None:
+            return
+        teacher = self.teacher(args, kwargs)
+        self._agreement.update(torch.eq(student.logits.argmax(-1), teacher.logits.argmax(-1)).float())
+        self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)
+        if prefix == "val" and not self._teacher_accuracy_logged and target is not None:
+            self._teacher_accuracy.update(self.task.correct(teacher.logits, target).float())
+
+
+def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,95 @@
+"""The one place where a distillation loss is computed, whichever front door it came through."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.outputs import Outputs
+
+
+class Term(NamedTuple):
+    """One loss's share of the objective, both as scalars."""
+
+    raw: Tensor
+    weighted: Tensor
+
+
+class DistillationObjective(nn.Module):
+    """The weighted sum of named losses.
+
+    Losses run in float32 under autocast, and on half-precision outputs.
+
+    Args:
+        losses: By the name under which each is logged and found in configs.
+
+    Raises:
+        ValueError: For no loss at all.
+        TypeError: For something that is no :class:`DistillationLoss`.
+    """
+
+    losses: nn.ModuleDict
+
+    def __init__(self, losses: Mapping[str, DistillationLoss]) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("expected at least one loss, got none: pass for instance losses={'kd': KD()}")
+        for name, loss in losses.items():
+            if not isinstance(loss, DistillationLoss):
+                raise TypeError(f"loss {name!r} is a {type(loss).__name__}, expected a DistillationLoss: subclass it")
+        self.losses = nn.ModuleDict(losses)
+
+    def named_losses(self) -> dict[str, DistillationLoss]:
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, DistillationLoss)}
+
+    @property
+    def student_layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for loss in self.named_losses().values() for name in loss.student_layers))
+
+    @property
+    def teacher_layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for loss in self.named_losses().values() for name in loss.teacher_layers))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(loss.needs_teacher for loss in self.named_losses().values())
+
+    def temperatures(self) -> dict[str, float]:
+        """Return the current temperature of each loss that has one."""
+        found = {name: getattr(loss, "temperature", None) for name, loss in self.named_losses().items()}
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        """Create the losses' parameters from the outputs of a dry forward pass."""
+        for loss in self.named_losses().values():
+            loss.build(student, teacher)
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    ) -> tuple[Tensor, dict[str, Term]]:
+        """Return the total, and each term by name."""
+        with torch.autocast(student.logits.device.type, enabled=False):
+            student = _in_full_precision(student)
+            # A loss that needs no teacher does not look at it.
+            teacher = _in_full_precision(teacher) if teacher is not None else student
+            terms = {}
+            for name, loss in self.named_losses().items():
+                raw = loss(student, teacher, target)
+                terms[name] = Term(raw, loss.weight * raw)
+            total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
+            return total, terms
+
+
+def _in_full_precision(outputs: Outputs) -> Outputs:
+    return Outputs(_up(outputs.logits), {name: _up(feature) for name, feature in outputs.features.items()})
+
+
+def _up(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def find_objective(module: nn.Module) -> DistillationObjective | None:
+    """Return the objective that a LightningModule carries, through whichever front door it came."""
+    return next((child for child in module.children() if isinstance(child, DistillationObjective)), None)

@@ -1,0 +1,112 @@
+"""Call a network and take named layers' outputs along."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Outputs(NamedTuple):
+    """What a network gave for one batch.
+
+    Attributes:
+        logits: (B, C), or (B, S, V) for language models.
+        features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = {}
+
+
+def run(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], layers: Iterable[str] = ()) -> Outputs:
+    """Call ``network(*args, **kwargs)``; see :func:`capture` for the layers."""
+    with capture(network, layers) as features:
+        output = network(*args, **kwargs)
+    return Outputs(logits_of(output), features)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in a network's output: a tensor, or an object or mapping with ``logits``.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"expected the network to return its logits as a tensor, or an object with .logits, got "
+        f"{type(output).__name__}: wrap the network in a module whose forward returns the logits"
+    )
+
+
+def find_layer(network: nn.Module, name: str) -> nn.Module:
+    """Return the submodule of that name.
+
+    Raises:
+        ValueError: When there is none; names the nearest ones.
+    """
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        nearest = ", ".join(nearest_layers(network, name))
+        raise ValueError(
+            f"{type(network).__name__} has no layer {name!r}: expected a name of named_modules(); nearest: {nearest}"
+        ) from None
+
+
+def nearest_layers(network: nn.Module, name: str, count: int = 6) -> list[str]:
+    """Return the layer names that look most like ``name``, best first."""
+    names = [n for n, _ in network.named_modules() if n]
+    return difflib.get_close_matches(name, names, n=count, cutoff=0.0)
+
+
+@contextmanager
+def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the named layers while the context lives; the hooks go with it.
+
+    Raises:
+        ValueError: For an unknown layer.
+        RuntimeError: When a layer ran not once but never or several times, or when a later layer overwrote its
+            output in place.
+        TypeError: When a layer returns something else than a tensor.
+    """
+    found: dict[str, Tensor] = {}
+    versions: dict[str, int] = {}
+
+    def take(name: str, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {name!r} returns {type(output).__name__}, expected a tensor: name a layer inside it that does"
+            )
+        if name in found:
+            raise RuntimeError(
+                f"layer {name!r} ran several times in one forward pass, expected once: a module that is shared "
+                "between places cannot be tapped; name a layer that runs once"
+            )
+        found[name] = output
+        versions[name] = output._version
+
+    with ExitStack() as hooks:
+        for name in dict.fromkeys(layers):
+            layer = find_layer(network, name)
+            # The hook stays out of compiled graphs: a graph would go on writing to the first call's dictionary.
+            hook: Callable[..., None] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+                lambda _module, _input, output, name=name: take(name, output)
+            )
+            hooks.enter_context(layer.register_forward_hook(hook))
+        yield found
+
+    for name in dict.fromkeys(layers):
+        if name not in found:
+            raise RuntimeError(f"layer {name!r} did not run in the forward pass: name a layer that the output needs")
+        if found[name]._version != versions[name]:
+            raise RuntimeError(
+                f"the output of layer {name!r} was overwritten in place by a later layer (an in-place ReLU?): "
+                "tap that later layer, or set its inplace=False"
+            )

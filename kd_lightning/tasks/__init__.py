@@ -1,0 +1,5 @@
+"""How a batch is read and scored."""
+
+from kd_lightning.tasks.classification import Batch, Classification
+
+__all__ = ["Batch", "Classification"]

@@ -1,0 +1,57 @@
+"""One label for each input."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
+
+
+class Batch(NamedTuple):
+    """What the networks are called with, and the target: None where the batch has none."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Tensor | None
+
+
+class Classification:
+    """Batches of (input, target), of inputs alone, or mappings with ``labels`` as Hugging Face data sets give them.
+
+    Targets are class indices, -100 for a sample without label, or probabilities of the logits' shape (mixup).
+    """
+
+    label_keys = ("labels", "label", "target")
+
+    def read(self, batch: Any) -> Batch:
+        """Split a batch into the networks' arguments and the target.
+
+        Raises:
+            TypeError: For a batch of another kind.
+        """
+        if isinstance(batch, Mapping):
+            target = next((batch[key] for key in self.label_keys if key in batch), None)
+            return Batch((), {key: value for key, value in batch.items() if key not in self.label_keys}, target)
+        if isinstance(batch, Tensor):
+            return Batch((batch,), {}, None)
+        if isinstance(batch, Sequence) and len(batch) in (1, 2):
+            inputs, target = batch[0], (batch[1] if len(batch) == 2 else None)
+            return Batch((), inputs, target) if isinstance(inputs, Mapping) else Batch((inputs,), {}, target)
+        got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sequence) else type(batch).__name__
+        raise TypeError(
+            f"expected a batch (input, target), an input, or a mapping with 'labels', got a {got}: "
+            "pass task= with a read() of your own"
+        )
+
+    def labels(self, target: Tensor) -> Tensor:
+        """Return class indices (B,), -100 where a sample has no label."""
+        return target.argmax(-1) if target.is_floating_point() else target
+
+    def correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Tell for each labelled sample whether the highest logit is its label's: bool (labelled,)."""
+        labels = self.labels(target)
+        labelled = labels != IGNORE_INDEX
+        return torch.eq(logits.argmax(-1)[labelled], labels[labelled])

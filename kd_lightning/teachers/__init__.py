@@ -1,0 +1,5 @@
+"""Where teacher outputs come from."""
+
+from kd_lightning.teachers.live import Teacher
+
+__all__ = ["Teacher"]

@@ -1,0 +1,81 @@
+"""Lightning's MLflow logger, on a local SQLite store unless told otherwise."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.pytorch import loggers
+
+LOCAL_STORE = "sqlite:///mlruns/mlflow.db"
+
+
+class MLFlowLogger(loggers.MLFlowLogger):
+    """Log to ``mlruns/mlflow.db`` in the working directory, or where ``MLFLOW_TRACKING_URI`` or the argument say.
+
+    Args:
+        experiment_name: The MLflow experiment; created where it does not exist.
+        tracking_uri: A server's address or a database URI. Plain folders (``file:``) are refused by MLflow 3.
+        run_name: As the dashboard shows it.
+        tags: Of the run.
+        run_id: Goes on with that run.
+        artifact_location: Of a new experiment; beside a SQLite file by default.
+
+    Raises:
+        OSError: When the folder of a SQLite store cannot be written to; before anything is trained.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "kd-lightning",
+        tracking_uri: str | None = None,
+        run_name: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        artifact_location: str | None = None,
+    ) -> None:
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+        folder = sqlite_folder(uri)
+        if folder is not None:
+            check_writable(folder)
+            artifact_location = artifact_location or (folder / "artifacts").absolute().as_uri()
+        super().__init__(
+            experiment_name=experiment_name,
+            run_name=run_name,
+            tracking_uri=uri,
+            tags=dict(tags) if tags else None,
+            run_id=run_id,
+            artifact_location=artifact_location,
+        )
+        self.tracking_uri = uri
+
+
+def sqlite_folder(uri: str) -> Path | None:
+    """Return the folder of a SQLite store, None for any other address."""
+    parts = urlsplit(uri)
+    return Path(parts.path.removeprefix("/")).parent if parts.scheme.startswith("sqlite") else None
+
+
+def check_writable(folder: Path, megabytes: int = 64) -> None:
+    """Create the folder and write ``megabytes`` to it, as a full disk shows only then.
+
+    Raises:
+        OSError: With the folder and what to do.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            for _ in range(megabytes):
+                file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {megabytes} MB to {folder.absolute()} ({error.strerror}), expected room for checkpoints and "
+            "the tracking store: free some, or change to another working directory",
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""The names under which a distillation is logged, whichever front door it came through."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from kd_lightning.objective import DistillationObjective, Term
+from kd_lightning.outputs import Outputs
+
+
+def logs_this_step(trainer: Trainer) -> bool:
+    """Tell whether the logger takes this step's values, so that others are not computed for nothing."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (trainer.global_step + 1) % max(interval, 1) == 0
+
+
+@torch.no_grad()
+def log_terms(
+    module: LightningModule,
+    objective: DistillationObjective,
+    total: Tensor,
+    terms: Mapping[str, Term],
+    teacher: Outputs | None,
+    batch_size: int,
+) -> None:
+    """Log the total, each term raw and weighted, the temperature, and the entropy of the teacher's soft targets.
+
+    With several losses that have a temperature, each is logged under its own name, ``kd/temperature/<loss>``; the
+    entropy is that of the first.
+    """
+    values: dict[str, Tensor | float] = {}
+    for name, term in terms.items():
+        values[f"train/loss/{name}"] = term.raw
+        values[f"train/loss_weighted/{name}"] = term.weighted
+    temperatures = objective.temperatures()
+    for name, temperature in temperatures.items():
+        values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
+    if teacher is not None:
+        values["kd/teacher_entropy"] = relative_entropy(teacher.logits, next(iter(temperatures.values()), 1.0))
+    module.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+    module.log_dict(values, batch_size=batch_size)
+
+
+def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(z / T) as a share of log C, averaged over all but the last dimension.
+
+    0 is a hard label, 1 the uniform distribution.
+    """
+    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    return -(log_p.exp() * log_p).sum(-1).mean() / math.log(logits.shape[-1])
