@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts' folder of a new environment: the wheel, and this environment's packages behind it."""
     folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, symlinks=True, with_pip=False)
     scripts = folder / "bin"
     pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", scripts / "python"]
     _run([*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], cwd=folder)
