@@ -58,7 +58,7 @@ def test_units_are_milliseconds_and_samples_a_second():
     figures = measure({"slow": Slow()}, torch.zeros(1, 2), seconds=0.2)["slow"]
     assert figures.p50_ms >= 10  # a sleep is never shorter
     assert figures.throughput_per_s <= 64 / 0.01
-    assert figures.throughput_per_s > 64  # and 64 samples are one call, not 64
+    assert figures.throughput_per_s > 640  # 64 samples are one call, even if a sleep takes ten times as long
 
 
 def test_training_flags_come_back_one_by_one_even_after_an_error():
