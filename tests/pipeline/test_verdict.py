@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from kd_lightning.pipeline.latency import Latency
-from kd_lightning.pipeline.verdict import Result, make_verdict, print_verdict, write_verdict
+from kd_lightning.pipeline.results import Result
+from kd_lightning.pipeline.table import print_verdict
+from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 
 N, CLASSES = 2000, 10
 TARGET = np.arange(N) % CLASSES

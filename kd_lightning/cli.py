@@ -1,0 +1,225 @@
+"""The command line: Hydra in, a pipeline out. The only module that imports Hydra."""
+
+import difflib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from kd_lightning.pipeline import Pipeline, Recipe
+from kd_lightning.pipeline.results import Role
+
+_STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
+_STAGES = ("teacher", *_STUDENTS, "verdict")
+
+
+def conf_dir() -> Path:
+    """Return the folder of configurations: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def main() -> None:
+    """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
+    try:
+        _hydra_main()
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except SystemExit as error:
+        if error.code == 1:  # Hydra has printed what is wrong, and not always what would be right
+            _print_alternatives([word for word in sys.argv[1:] if not word.startswith("-")])
+        raise
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+def _hydra_main(config: DictConfig) -> float | None:
+    _quiet()
+    try:
+        job = pipeline(config, _experiment())
+        verdict = job.run()
+    except InstantiationException as error:  # names the target and the argument; the cause says what is wrong
+        raise SystemExit(f"kd-lightning: {error.__cause__ or error} (in {error})") from error
+    except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
+        raise SystemExit(f"kd-lightning: {error}") from error
+    if verdict is None:
+        return None
+    uri = config.logger and OmegaConf.select(config, "logger.tracking_uri")
+    _say_where(job.console, uri)
+    chosen = verdict.models.get(verdict.distilled or "")
+    return chosen.val_accuracy if chosen is not None else None  # what a Hydra sweeper maximises
+
+
+def pipeline(config: DictConfig, experiment: str | None = None) -> Pipeline:
+    """Turn a composed configuration into a pipeline.
+
+    Raises:
+        ValueError: For an unknown stage, or a variant that sets a path which is not there.
+    """
+    unknown = [stage for stage in config.stages if stage not in _STAGES]
+    if unknown or not config.stages:
+        raise ValueError(f"expected stages among {', '.join(_STAGES)}, got {list(config.stages)}")
+    resolved = _plain(config)
+    teacher = None
+    students = [role for role in _STUDENTS if role in config.stages]
+    if "teacher" in config.stages or config.teacher.checkpoint is not None:
+        teacher = _teacher(resolved)
+    recipes = []
+    for role in students:
+        variants = _variants(config) if role == "distilled" else {role: resolved}
+        for label, variant in variants.items():
+            recipes += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
+    return Pipeline(
+        name=resolved["name"] or experiment or "kd-lightning",
+        teacher=teacher,
+        students=recipes,
+        config=resolved,
+        work_dir=Path(resolved["work_dir"]),
+        make_logger=partial(instantiate, resolved["logger"]) if resolved["logger"] else None,
+        verdict="verdict" in config.stages,
+        recall_classes=resolved["recall_classes"],
+    )
+
+
+def _teacher(config: Mapping[str, Any]) -> Recipe:
+    part = config["teacher"]
+    own = {key: part[key] for key in ("network", "losses", "optimizer", "scheduler")}
+    own |= {"callbacks": {}, "trainer": {**config["trainer"], **part["trainer"]}, "data": config["data"]}
+    checkpoint = Path(part["checkpoint"]) if part["checkpoint"] is not None else None
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ValueError(f"teacher.checkpoint={checkpoint}: there is no such file")
+    return _recipe(own, "teacher", "teacher", int(part["seed"]), checkpoint)
+
+
+def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Recipe:
+    own = {key: config[key] for key in ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data")}
+    own["network"] = config["student"]["network"]
+    if role != "distilled":  # what is particular to a method must not reach those it is compared with
+        own |= {"losses": config[role]["losses"], "callbacks": {}}
+    return _recipe(own, role, label, seed)
+
+
+def _recipe(own: Mapping[str, Any], role: Role, label: str, seed: int, checkpoint: Path | None = None) -> Recipe:
+    def make(part: str) -> Any:
+        return instantiate(own[part], _convert_="all")
+
+    def make_trainer(**arguments: Any) -> Trainer:
+        trainer = instantiate({**own["trainer"], "_partial_": True}, _convert_="all")
+        arguments["callbacks"] = [*(trainer.keywords.get("callbacks") or []), *arguments["callbacks"]]
+        made: Trainer = trainer(**arguments)
+        return made
+
+    return Recipe(
+        role=role,
+        label=label,
+        method=_method(own["losses"]) if checkpoint is None else "checkpoint",
+        seed=seed,
+        config={**own, "seed": seed},
+        network=partial(make, "network"),
+        losses=partial(make, "losses"),
+        callbacks=lambda: list(make("callbacks").values()),
+        data=partial(instantiate, own["data"], _convert_="all"),
+        trainer=make_trainer,
+        optimizer=make("optimizer"),
+        scheduler=make("scheduler") if own["scheduler"] else None,
+        checkpoint=checkpoint,
+    )
+
+
+def _method(losses: Mapping[str, Any]) -> str:
+    """Name a method by its losses: ``kd-T4``; the labels' own loss is named only where it is alone."""
+    names = [name for name in losses if name != "hard_label"] or list(losses)
+    with_temperature = [
+        f"{name}-T{losses[name]['temperature']:g}" if "temperature" in losses[name] else name for name in names
+    ]
+    return "+".join(with_temperature)
+
+
+def _variants(config: DictConfig) -> dict[str, dict[str, Any]]:
+    if not config.variants:
+        return {"distilled": _plain(config)}
+    found = {}
+    for label, changes in config.variants.items():
+        variant = config.copy()
+        for path, value in changes.items():
+            try:
+                OmegaConf.update(variant, path, value, merge=False)
+            except (OmegaConfBaseException, AttributeError) as error:
+                raise ValueError(
+                    f"variant {label!r} sets {path}, expected a path of the configuration: {error}"
+                ) from error
+        found[str(label)] = _plain(variant)
+    return found
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _experiment() -> str | None:
+    choice = HydraConfig.get().runtime.choices.get("experiment")
+    return str(choice) if choice else None
+
+
+def _say_where(console: Console, tracking_uri: str | None) -> None:
+    import os
+
+    from kd_lightning.tracking.logger import LOCAL_STORE
+
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+    console.print()
+    if uri.startswith(("http:", "https:")):
+        console.print(f"Every run: {uri}", highlight=False)
+    else:
+        console.print(f"Every run, side by side: mlflow ui --backend-store-uri {uri}", highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Leave the terminal to the progress display and the comparison."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+
+
+def _print_alternatives(overrides: list[str]) -> None:
+    """Say for overrides that name nothing in the configuration which names are nearest."""
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            config = OmegaConf.to_container(hydra.compose("config"))
+    except (HydraException, OmegaConfBaseException):
+        return
+    paths = list(_paths(config))
+    groups = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
+    for override in overrides:
+        path = override.lstrip("+~").partition("=")[0]
+        group = path.partition("@")[0]
+        if path in paths or group.partition("/")[0] in groups:
+            continue
+        nearest = difflib.get_close_matches(path, paths, n=5, cutoff=0.5)
+        print(f"\n{path}: nearest paths: {', '.join(nearest) or 'none'}", file=sys.stderr)
+        print(f"groups: {', '.join(groups)}; all paths: kd-lightning --cfg job", file=sys.stderr)
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _paths(value, f"{prefix}{key}.")

@@ -1,0 +1,200 @@
+"""All stages, one after the other, under one parent run."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from torch import Tensor
+
+from kd_lightning.pipeline.files import write_atomically
+from kd_lightning.pipeline.latency import Latency, measure
+from kd_lightning.pipeline.progress import StageProgress
+from kd_lightning.pipeline.results import Verdict
+from kd_lightning.pipeline.stage import Finished, Recipe, run_stage
+from kd_lightning.pipeline.table import print_verdict
+from kd_lightning.pipeline.verdict import make_verdict, write_verdict
+from kd_lightning.tasks import Classification
+from kd_lightning.tracking.logger import check_writable
+from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """Trains the teacher and then each student, compares them, and says whether distillation is worth it.
+
+    Attributes:
+        name: Of the parent run.
+        teacher: None where no stage needs one.
+        students: In the order in which they run.
+        config: The whole, for the parent run.
+        work_dir: Where stages keep their checkpoints and results.
+        make_logger: None to log nothing.
+        console: Where the comparison is printed.
+        verdict: Whether to compare at the end.
+        recall_classes: Classes whose recall stands in the comparison.
+    """
+
+    name: str
+    teacher: Recipe | None
+    students: Sequence[Recipe]
+    config: Mapping[str, Any]
+    work_dir: Path
+    make_logger: MakeLogger | None = None
+    console: Console = field(default_factory=Console)
+    verdict: bool = True
+    recall_classes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        needing = [recipe.name for recipe in self.students if recipe.needs_teacher]
+        if needing and self.teacher is None:
+            raise ValueError(
+                f"{needing[0]} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its weights>"
+            )
+
+    def run(self) -> Verdict | None:
+        """Run what is not finished yet.
+
+        Raises:
+            OSError: When ``work_dir`` cannot be written to, before anything is trained.
+        """
+        check_writable(self.work_dir)
+        folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
+        marker = folder / "run_id"  # there while the pipeline is under way
+        tracking = Tracking(self.make_logger, self.name, self.config, marker.read_text() if marker.is_file() else None)
+        if is_rank_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            if tracking.run_id is not None:
+                write_atomically(marker, tracking.run_id.encode())
+        try:
+            finished = self._run_stages(tracking)
+            if not is_rank_zero():
+                return None
+            verdict = self._compare(finished, tracking, folder / "verdict.json") if self.verdict else None
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            tracking.finish(tracking.run_id, "KILLED" if interrupted else "FAILED")
+            raise
+        tracking.finish(tracking.run_id)
+        marker.unlink(missing_ok=True)
+        return verdict
+
+    def _run_stages(self, tracking: Tracking) -> list[Finished]:
+        recipes = [*([self.teacher] if self.teacher else []), *self.students]
+        teacher: Finished | None = None
+        finished: list[Finished] = []
+        console = self.console if is_rank_zero() else Console(quiet=True)
+        with StageProgress(console, len(recipes)) as progress:
+            for recipe in recipes:
+                progress.begin(recipe.name)
+                stage, reused = self._run_one(recipe, teacher, tracking, progress)
+                progress.end(recipe.name, _summary(stage, reused))
+                finished.append(stage)
+                if recipe.role == "teacher":
+                    teacher = stage
+        return finished
+
+    def _run_one(
+        self, recipe: Recipe, teacher: Finished | None, tracking: Tracking, progress: StageProgress
+    ) -> tuple[Finished, bool]:
+        tags = {"kd.role": recipe.role, "kd.method": recipe.method, "kd.seed": recipe.seed}
+        stage, reused = run_stage(
+            recipe,
+            teacher,
+            self.work_dir,
+            lambda run_id: tracking.logger(recipe.name, tags, recipe.config, run_id),
+            [progress],
+        )
+        run_id = stage.run_id
+        if reused:
+            # A run of its own under this parent, so that all rows of a comparison stand side by side.
+            origin = {"kd.reused_from": run_id} if run_id else {}
+            logger = tracking.logger(recipe.name, {**tags, **origin, "kd.reused": True}, recipe.config)
+            run_id = logger.run_id if logger is not None else None
+            stage = Finished(**{**vars(stage), "run_id": run_id})
+        else:
+            tracking.artifact(run_id, stage.folder / "final.ckpt")
+        result = stage.result
+        values: dict[str, float | None] = {
+            "final/acc": result.accuracy,
+            "final/val_acc": result.val_accuracy,
+            "final/params": result.parameters,
+            "final/size_mb": result.size_mb,
+            "final/train_seconds": result.train_seconds,
+            "final/teacher_entropy": result.teacher_entropy,
+        }
+        if teacher is not None:
+            values["final/agreement"] = float((result.predictions == teacher.result.predictions).mean())
+            values["final/retention"] = result.accuracy / max(teacher.result.accuracy, 1e-12)
+        tracking.metrics(run_id, values)
+        tracking.text(run_id, json.dumps(recipe.config, indent=2, default=str), "config.json")
+        tracking.finish(run_id)
+        return stage, reused
+
+    def _compare(self, finished: list[Finished], tracking: Tracking, path: Path) -> Verdict:
+        data = finished[0].recipe.data(role="distilled", seed=0)
+        data.prepare_data()
+        data.setup("validate")
+        first_of_label = {stage.result.label: stage for stage in reversed(finished)}
+        networks = {label: stage.network() for label, stage in reversed(first_of_label.items())}
+        latency = measure(networks, _one_sample(data))
+        names = getattr(data, "class_names", None)
+        verdict = make_verdict(
+            [stage.result for stage in finished],
+            latency,
+            recall_classes={index: names[index] if names else str(index) for index in self.recall_classes},
+            extra_images=int(getattr(data, "counts", {}).get("unlabelled", 0)),
+        )
+        write_verdict(verdict, path)
+        for stage in finished:
+            tracking.metrics(stage.run_id, _speed(latency[stage.result.label]))
+        for label, model in verdict.models.items():
+            values = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
+            values |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}
+            tracking.metrics(tracking.run_id, {f"final/{_safe(label)}/{key}": value for key, value in values.items()})
+        tracking.metrics(
+            tracking.run_id,
+            {
+                "final/worth_it": float(verdict.worth_it),
+                "final/gap_closed": verdict.gap_closed.mean,
+                "final/gap_closed_low": verdict.gap_closed.low,
+                "final/gap_closed_high": verdict.gap_closed.high,
+            },
+        )
+        tracking.artifact(tracking.run_id, path)
+        tracking.tag(tracking.run_id, "kd.verdict", verdict.sentence[:4000])
+        tracking.tag(tracking.run_id, "mlflow.note.content", verdict.sentence)
+        self.console.print()
+        print_verdict(verdict, self.console)
+        return verdict
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _summary(stage: Finished, reused: bool) -> str:
+    result = stage.result
+    how = "reused, nothing it depends on has changed" if reused else f"{result.train_seconds:.1f} s of training"
+    return f"{100 * result.val_accuracy:.1f} % of the validation images right ({how})"
+
+
+def _one_sample(data: LightningDataModule) -> Tensor:
+    args, _, _ = Classification().read(next(iter(data.val_dataloader())))
+    return args[0][:1]  # type: ignore[no-any-return]
+
+
+def _speed(latency: Latency) -> dict[str, float | None]:
+    return {
+        "final/latency_ms_p50": latency.p50_ms,
+        "final/latency_ms_p95": latency.p95_ms,
+        "final/throughput_per_s": latency.throughput_per_s,
+    }
+
+
+def _safe(label: str) -> str:
+    """MLflow's metric names know no '='."""
+    return "".join(c if c.isalnum() or c in "_-. " else "-" for c in label)

@@ -1,0 +1,171 @@
+"""What the pipeline's runs gave, and what follows from them: the records behind ``verdict.json``."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_lightning.pipeline.latency import Latency
+from kd_lightning.pipeline.statistics import Interval, Share
+
+Role = Literal["teacher", "student", "control", "distilled", "quantized"]
+
+TITLES: Mapping[str, str] = {
+    "teacher": "teacher",
+    "student": "student alone",
+    "control": "teacher's hard labels",
+    "distilled": "distilled",
+    "quantized": "quantized",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """One finished run: which model it trained, and what that model predicts on the test images.
+
+    Attributes:
+        role: `student` is the small network alone on the labels, `control` the same network on the teacher's hard
+            labels.
+        label: names the model; runs of one model with several seeds share it. The role, unless an experiment has
+            several models of one role ("T=4").
+        seed: runs of one seed share data order and initialisation, and are compared with each other.
+        predictions: (N,) predicted classes, on the same N test images in the same order for every run.
+        target: (N,) true classes.
+        val_accuracy: fraction, on the validation split: the only one that choices may look at.
+        size_mb: megabytes (10^6 bytes) on disk.
+        teacher_entropy: of the teacher's soft targets at `temperature`, as a share of log C.
+    """
+
+    role: Role
+    label: str
+    method: str
+    seed: int
+    predictions: NDArray[np.integer[Any]]
+    target: NDArray[np.integer[Any]]
+    val_accuracy: float
+    train_seconds: float
+    parameters: int
+    size_mb: float
+    temperature: float | None = None
+    teacher_entropy: float | None = None
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return np.asarray(np.equal(self.predictions, self.target))
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the test images."""
+        return float(self.correct.mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For strict JSON: everything but the arrays, and the test accuracy that follows from them."""
+        arrays = ("predictions", "target")
+        values = {key: value for key, value in vars(self).items() if key not in arrays}
+        return _strict(values | {"accuracy": self.accuracy})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One row of the verdict: a model, over its seeds. None where a figure was not measured.
+
+    Attributes:
+        seeds: test accuracy by seed, in the seeds' order.
+        sd: sample standard deviation over seeds; None with one seed.
+        agreement: share of the test images on which it predicts what the teacher predicts.
+        retention: accuracy divided by the teacher's.
+        recall: by class name, the mean over seeds.
+    """
+
+    role: Role
+    method: str
+    accuracy: float
+    sd: float | None
+    seeds: tuple[float, ...]
+    val_accuracy: float
+    agreement: float | None
+    retention: float | None
+    gap_closed: Share | None
+    params: int
+    size_mb: float
+    latency: Latency | None
+    train_seconds: float
+    temperature: float | None = None
+    teacher_entropy: float | None = None
+    recall: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "role": self.role,
+            "method": self.method,
+            "accuracy": {"mean": self.accuracy, "sd": self.sd, "seeds": list(self.seeds)},
+            "val_accuracy": self.val_accuracy,
+            "agreement": self.agreement,
+            "retention": self.retention,
+            "params": self.params,
+            "size_mb": self.size_mb,
+            "latency_ms_p50": self.latency and self.latency.p50_ms,
+            "latency_ms_p95": self.latency and self.latency.p95_ms,
+            "throughput_per_s": self.latency and self.latency.throughput_per_s,
+            "train_seconds": self.train_seconds,
+        }
+        optional = {
+            "gap_closed": self.gap_closed and asdict(self.gap_closed),
+            "temperature": self.temperature,
+            "teacher_entropy": self.teacher_entropy,
+            "recall": dict(self.recall) or None,
+        }
+        return row | {key: value for key, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The recommendation and all that it follows from.
+
+    Attributes:
+        worth_it: the distilled student was shown better than the student alone. False as well where that could not be
+            asked: the sentence says so.
+        distilled: key in `models` of the distilled model that the sentence is about.
+        gap_closed: of that model; None for all three where teacher, student or distilled is missing.
+        differences: of test accuracy, by "distilled-alone", "distilled-control", "control-alone", "teacher-alone",
+            as far as both were run.
+        models: by role; by label where a role has several models.
+    """
+
+    worth_it: bool
+    sentence: str
+    distilled: str | None
+    gap_closed: Share
+    differences: Mapping[str, Interval]
+    models: Mapping[str, Model]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For strict JSON: what is not a number is None."""
+        return _strict(
+            {
+                "worth_it": self.worth_it,
+                "sentence": self.sentence,
+                "distilled": self.distilled,
+                "gap_closed": asdict(self.gap_closed),
+                "differences": {name: asdict(interval) for name, interval in self.differences.items()},
+                "models": {key: model.to_dict() for key, model in self.models.items()},
+            }
+        )
+
+
+def _strict(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with Python's own numbers, and None for what JSON has no number for."""
+    return {str(key): _strict_value(value) for key, value in mapping.items()}
+
+
+def _strict_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _strict(value)
+    if isinstance(value, list | tuple):
+        return [_strict_value(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

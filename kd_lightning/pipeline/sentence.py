@@ -1,0 +1,126 @@
+"""The verdict in words, and how its figures are written."""
+
+import math
+from collections.abc import Mapping
+
+from kd_lightning.pipeline.results import TITLES, Model
+from kd_lightning.pipeline.statistics import Interval, Share
+
+
+def sentence(
+    models: Mapping[str, Model],
+    differences: Mapping[str, Interval],
+    key: str | None,
+    share: Share | None,
+    variants: int,
+    seeds: int,
+    extra_images: int,
+) -> tuple[bool, str]:
+    gain = differences.get("distilled-alone")
+    if key is None or gain is None:
+        missing = ["distilled student"] * (key is None) + ["student alone"] * ("student" not in models)
+        return False, (
+            f"Not decided: no {' and no '.join(missing)} was run, so whether distillation is worth it cannot be told. "
+            "Run the missing stages with the same seeds."
+        )
+    distilled, alone = models[key], models["student"]
+    who = "the distilled student"
+    if variants > 1:
+        who += f" {key!r} (of {variants} distilled models the best on the validation images)"
+    figures = f"{percent(distilled.accuracy)} % of the test images right against {percent(alone.accuracy)} %"
+    if gain.low > 0:
+        worth_it = True
+        text = f"Worth it: {who} is {_points(gain)} better than the student alone ({figures})"
+        if share and share.mean is not None and share.low is not None:
+            text += (
+                f", and closes {percent(share.mean)} % of the gap to the teacher "
+                f"({percent(share.low)} to {percent(share.high)} %)"
+            )
+    elif gain.high < 0:
+        worth_it = False
+        loss = Interval(-gain.mean, -gain.high, -gain.low)
+        text = f"Not worth it: distillation costs {_points(loss)}: {who} has {figures}"
+    else:
+        worth_it = False
+        text = (
+            f"Not worth it: no difference was shown: the student alone is as good "
+            f"({who} has {figures}: a difference of {_inside(gain)})"
+        )
+    parts = [text, *_why(differences, worth_it, extra_images), *_gap(differences)]
+    for name in distilled.recall:
+        recalls = ", ".join(f"{title(k, m)} {percent(m.recall[name])} %" for k, m in models.items())
+        parts.append(f"Recall on {name!r}: {recalls}")
+    if seeds == 1:
+        parts.append("One seed only: the intervals know nothing of how training again would differ")
+    return worth_it, ". ".join(parts) + "."
+
+
+def _why(differences: Mapping[str, Interval], worth_it: bool, extra_images: int) -> list[str]:
+    """What of it is due to the teacher's labels, and what to their softness."""
+    softness, labels = differences.get("distilled-control"), differences.get("control-alone")
+    if softness is None or labels is None:
+        return ["Whether softness helped was not asked: there is no control on the teacher's hard labels"]
+    what = f"the {extra_images:,} further images that the teacher labelled" if extra_images else "the teacher's labels"
+    helped = f"{what} helped"
+    if softness.high < 0:
+        worse = Interval(-softness.mean, -softness.high, -softness.low)
+        text = f"The teacher's hard labels are {_points(worse)} better than its soft ones"
+        if worth_it or labels.low > 0:
+            return [f"{text}, and {_points(labels)} better than the student alone: train on the teacher's hard labels"]
+        return [f"{text}; that they are better than the student alone was not shown ({_inside(labels)})"]
+    if worth_it and softness.low > 0:
+        text = f'Softness ("dark knowledge") is part of why: {_points(softness)} better than the teacher\'s hard labels'
+        return [text + (f"; {helped} too ({_inside(labels)} without softness)" if labels.low > 0 else "")]
+    if worth_it and labels.low > 0:
+        text = f"{helped}; that softness helped was not shown: the teacher's hard labels did as well"
+        return [f"{text[0].upper()}{text[1:]} (a difference of {_inside(softness)})"]
+    if worth_it:
+        return [
+            f"Why was not shown: neither that {helped} (hard labels against the student alone: {_inside(labels)}) "
+            f"nor that softness did (against hard labels: {_inside(softness)})"
+        ]
+    if labels.low > 0:
+        better = f"The teacher's hard labels are {_points(labels)} better than the student alone"
+        return [f"{better}: train on the teacher's hard labels"]
+    return []
+
+
+def _gap(differences: Mapping[str, Interval]) -> list[str]:
+    gap = differences.get("teacher-alone")
+    if gap is None:
+        return ["There is no teacher among the results, so the share of the gap that was closed is not known"]
+    if gap.high < 0:
+        worse = Interval(-gap.mean, -gap.high, -gap.low)
+        return [f"There is no gap to close: the teacher is {_points(worse)} worse than the student alone"]
+    if gap.low <= 0:
+        return [
+            "There is no gap to close: that the teacher is better than the student alone was not shown "
+            f"(a difference of {_inside(gap)})"
+        ]
+    return []
+
+
+def _points(interval: Interval) -> str:
+    low, high = percent(interval.low), percent(interval.high)
+    return f"{percent(interval.mean)} points (95 % interval {low} to {high})"
+
+
+def _inside(interval: Interval) -> str:
+    """The same within parentheses."""
+    return _points(interval).replace(" (", ", ").rstrip(")")
+
+
+def percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, ".1f")
+
+
+def number(value: float | None, form: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = format(value, form)
+    return text.lstrip("-") if float(text.replace(",", "")) == 0 else text  # no "-0.0"
+
+
+def title(key: str, model: Model) -> str:
+    name = TITLES[model.role]
+    return name if key == model.role else f"{name} {key}"

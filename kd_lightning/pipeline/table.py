@@ -1,0 +1,64 @@
+"""The verdict as a person reads it in the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kd_lightning.pipeline.results import Verdict
+from kd_lightning.pipeline.sentence import number, percent, title
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """Quality and cost of every model, then the sentence. Two tables, so that both are readable at 100 columns."""
+    rows = {key: Text(title(key, model)) for key, model in verdict.models.items()}
+    models = verdict.models.values()
+    with_temperature = any(model.temperature is not None for model in models)
+    with_entropy = any(model.teacher_entropy is not None for model in models)
+    classes = list(dict.fromkeys(name for model in models for name in model.recall))
+
+    wide = console.width >= 100
+    quality = _table(wide, "test acc. %", "agreement %", "retention %", "gap closed %")
+    quality.columns[1].no_wrap = True  # "79.0 ± 0.4" stays on one line
+    if with_temperature:
+        quality.add_column("T", justify="right")
+    if with_entropy:
+        quality.add_column(Text("teacher entropy %"), justify="right")
+    for name in classes:
+        quality.add_column(Text(f"recall {name} %"), justify="right")
+    cost = _table(wide, "parameters", "size MB", "p50 ms", "p95 ms", "per s at 64", "training s")
+    for key, model in verdict.models.items():
+        share = model.gap_closed
+        cells = [
+            f"{percent(model.accuracy)} ± {percent(model.sd)}",
+            percent(model.agreement),
+            percent(model.retention),
+            percent(share.mean if share and share.low is not None else None),  # else any share could be true
+        ]
+        if with_temperature:
+            cells.append(number(model.temperature, "g"))
+        if with_entropy:
+            cells.append(percent(model.teacher_entropy))
+        cells += [percent(model.recall.get(name)) for name in classes]
+        quality.add_row(rows[key], *cells)
+        speed = model.latency
+        cost.add_row(
+            rows[key],
+            f"{model.params:,}",
+            number(model.size_mb, ".2f"),
+            number(speed.p50_ms if speed else None, ".2f"),
+            number(speed.p95_ms if speed else None, ".2f"),
+            number(speed.throughput_per_s if speed else None, ",.0f"),
+            number(model.train_seconds, ",.1f"),
+        )
+    for table in (quality, cost):
+        console.print(table)
+        console.print()
+    console.print(Text(verdict.sentence))
+
+
+def _table(wide: bool, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=wide)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
