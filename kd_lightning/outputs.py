@@ -1,6 +1,7 @@
 """Call a network and take named layers' outputs along."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
             output in place.
         TypeError: When a layer returns something else than a tensor.
     """
+    _let_compiled_networks_see_hooks()
     found: dict[str, Tensor] = {}
     versions: dict[str, int] = {}
 
@@ -110,3 +112,11 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
                 f"the output of layer {name!r} was overwritten in place by a later layer (an in-place ReLU?): "
                 "tap that later layer, or set its inplace=False"
             )
+
+
+def _let_compiled_networks_see_hooks() -> None:
+    # By default a network that was compiled without hooks never calls those that are added later, as torch.compile's
+    # manual says under "Hooks on nn.Module": a tap after an untapped call would stay empty.
+    dynamo = sys.modules.get("torch._dynamo")  # not there where nothing is compiled; importing it takes a second
+    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards:
+        dynamo.config.skip_nnmodule_hook_guards = False
