@@ -1,7 +1,7 @@
 """Pure functions of training progress.
 
 Each function here returns a schedule: a function of the progress in [0, 1] (the share of optimizer steps taken) that
-returns a value. Schedules compare and print by their arguments, and pickle.
+returns a value. Schedules print with their arguments, and pickle.
 """
 
 import math
@@ -49,7 +49,7 @@ def exponential(start: float, end: float) -> Schedule:
         >>> exponential(16.0, 1.0)(0.5)
         4.0
     """
-    if start <= 0 or end <= 0:
+    if not (start > 0 and end > 0):
         raise ValueError(f"expected positive start and end, got {start} and {end}: use linear to reach or cross 0")
     return partial(_exponential, start, end)
 
@@ -137,5 +137,5 @@ def _check_boundaries(parts: int, boundaries: Sequence[float], what: str) -> Non
     if parts != len(boundaries) + 1:
         raise ValueError(f"expected one boundary fewer than {what}, got {len(boundaries)} for {parts} {what}")
     edges = [0.0, *boundaries, 1.0]
-    if any(a >= b for a, b in pairwise(edges)):
+    if not all(a < b for a, b in pairwise(edges)):  # NaN compares as neither
         raise ValueError(f"expected boundaries that rise strictly between 0 and 1, got {list(boundaries)}")

@@ -2,8 +2,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, request):
-    """Nothing that a test trains leaves files in the working directory, nor finds another test's."""
-    monkeypatch.chdir(tmp_path)
+def _no_tracking_server_of_the_shell(monkeypatch):
+    """No test reports to the server of whoever runs it."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)

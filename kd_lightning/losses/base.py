@@ -31,7 +31,7 @@ class DistillationLoss(nn.Module):
         self, weight: float = 1.0, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()
     ) -> None:
         super().__init__()
-        if weight < 0:
+        if not weight >= 0:
             raise ValueError(f"expected weight >= 0, got {weight}: leave the loss out, or pass 0 to only log it")
         self.weight = weight
         self.student_layers = tuple(student_layers)

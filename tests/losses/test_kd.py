@@ -137,6 +137,7 @@ def test_other_classes_are_refused() -> None:
         kd(STUDENT, TEACHER[:, :9])
 
 
-def test_a_negative_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected weight >= 0, got -0\.5"):
-        KD(weight=-0.5)
+@pytest.mark.parametrize("weight", [-0.5, math.nan])
+def test_a_negative_weight_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=rf"expected weight >= 0, got {weight}"):
+        KD(weight=weight)
