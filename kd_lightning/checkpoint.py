@@ -1,6 +1,5 @@
 """Read a network's weights from checkpoints, without running anything that a file brings along."""
 
-import pickle
 from collections.abc import Mapping
 from os import PathLike
 
@@ -22,7 +21,9 @@ def load_student(path: str | PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         raise ValueError(
             f"{path} cannot be read as a checkpoint: expected a whole file with tensors and plain values, got: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; is it torn, or of another program?"

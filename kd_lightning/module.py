@@ -16,6 +16,7 @@ from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
+from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
@@ -70,7 +71,7 @@ class DistillationModule(LightningModule):
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self._built = False
-        self._rng_state: Tensor | None = None
+        self._resumed: Mapping[str, Any] | None = None
         self._accuracy, self._agreement, self._teacher_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self._teacher_accuracy_logged = False
         check_parts(self.teacher, self.objective)
@@ -113,9 +114,16 @@ class DistillationModule(LightningModule):
         self._place_teacher()
 
     def on_train_start(self) -> None:
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
-            self._rng_state = None
+        if self._resumed is not None:
+            set_rng_states(self._resumed)
+            if not starts_with_an_epoch(self.trainer):
+                renew_iterator(self.trainer)
+                self._resumed = None
+
+    def on_train_epoch_start(self) -> None:
+        if self._resumed is not None:
+            renew_iterator(self.trainer)
+            self._resumed = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         args, kwargs, target = self.task.read(batch)
@@ -152,7 +160,7 @@ class DistillationModule(LightningModule):
         state: dict[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = _under(state, _STUDENT)
         checkpoint["losses"] = _under(state, _OBJECTIVE)
-        checkpoint["rng_state"] = torch.get_rng_state()
+        checkpoint["rng_states"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint["state_dict"], self.student)
@@ -163,7 +171,7 @@ class DistillationModule(LightningModule):
             **{_STUDENT + name: value for name, value in checkpoint["state_dict"].items()},
             **{_OBJECTIVE + name: value for name, value in losses.items()},
         }
-        self._rng_state = checkpoint.get("rng_state")
+        self._resumed = checkpoint.get("rng_states")
 
     def _place_teacher(self) -> None:
         if self.teacher is not None:

@@ -1,0 +1,55 @@
+"""What a resumed training needs beyond Lightning's checkpoint to be the uninterrupted one, bit by bit."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+
+def rng_states() -> dict[str, Any]:
+    """Return the states of all random number generators, as plain values that ``weights_only`` loading accepts."""
+    algorithm, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "python": random.getstate(),
+        "numpy": (algorithm, np.asarray(keys).tolist(), *rest),
+    }
+
+
+def set_rng_states(states: Mapping[str, Any]) -> None:
+    """Put the generators where :func:`rng_states` found them."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+
+
+def renew_iterator(trainer: Trainer) -> None:
+    """Start the training loader's iterator anew, where Lightning goes on with one from before the resume.
+
+    Lightning starts an iterator at each epoch, but for the first epoch of a resumed training while it is set up: when
+    the generators have not been restored, from which the iterator draws the seeds of its workers and of a shuffle.
+    """
+    loop = trainer.fit_loop
+    goes_on = loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)  # is_resuming: since lightning 2.6
+    loaders = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    has_its_own_state = any(hasattr(loader, "load_state_dict") for loader in loaders)
+    if goes_on and trainer.current_epoch > 0 and not has_its_own_state and loop._data_fetcher is not None:
+        iter(loop._data_fetcher)
+
+
+def starts_with_an_epoch(trainer: Trainer) -> bool:
+    """Tell whether ``on_train_epoch_start`` comes before the first batch of a resumed training.
+
+    Lightning leaves it out after a checkpoint that was written when an epoch's last batch ended.
+    """
+    loop = trainer.fit_loop
+    if not getattr(loop.epoch_loop, "restarted_on_train_batch_end", False):  # since lightning 2.5.1
+        return True
+    left_out = loop.restarted_mid_epoch or loop.restarted_on_epoch_end
+    return not (left_out and loop.epoch_loop.batch_progress.is_last_batch)
