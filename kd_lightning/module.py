@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -85,9 +86,14 @@ class DistillationModule(LightningModule):
         return self.student(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and not self._built:
-            dry_run(self, self.student, self.teacher, self.objective, self.task)
-            self._built = True
+        if stage == "fit":
+            self._build()
+
+    def configure_model(self) -> None:
+        # A moving average of the weights copies the module in its own setup, ahead of the one above, and calls this
+        # for what has to be there by then. Lightning itself calls it after setup, and when it loads a checkpoint.
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._build()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [*self.student.parameters(), *self.objective.parameters()]
@@ -172,6 +178,11 @@ class DistillationModule(LightningModule):
             **{_OBJECTIVE + name: value for name, value in losses.items()},
         }
         self._resumed = checkpoint.get("rng_states")
+
+    def _build(self) -> None:
+        if not self._built:
+            dry_run(self, self.student, self.teacher, self.objective, self.task)
+            self._built = True
 
     def _place_teacher(self) -> None:
         if self.teacher is not None:

@@ -13,6 +13,8 @@ from kd_lightning.losses import KD, HardLabel
 
 FEATURES, CLASSES = 6, 4
 
+torch.set_num_threads(1)  # threads that share so little work mostly wait for each other
+
 
 class Network(nn.Module):
     """Layers ``stem``, ``norm``, ``act``, ``drop`` and ``head``: batch statistics and dropout in one network."""
