@@ -40,6 +40,7 @@ class DistillationObjective(nn.Module):
             if not isinstance(loss, DistillationLoss):
                 raise TypeError(f"loss {name!r} is a {type(loss).__name__}, expected a DistillationLoss: subclass it")
         self.losses = nn.ModuleDict(losses)
+        self._built = False
 
     def named_losses(self) -> dict[str, DistillationLoss]:
         return {name: loss for name, loss in self.losses.items() if isinstance(loss, DistillationLoss)}
@@ -62,9 +63,12 @@ class DistillationObjective(nn.Module):
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
-        """Create the losses' parameters from the outputs of a dry forward pass."""
+        """Create the losses' parameters from the outputs of a dry forward pass; once, a second fit trains them on."""
+        if self._built:
+            return
         for loss in self.named_losses().values():
             loss.build(student, teacher)
+        self._built = True
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None

@@ -1,7 +1,8 @@
 """What can be known to be wrong before the first training step."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -65,35 +66,51 @@ def dry_run(
 
 def first_samples(module: LightningModule, objective: DistillationObjective, task: Classification) -> Batch:
     """Check the training loader's first batch and return as many of its samples as the losses need, 2 at least."""
-    first: Batch | None = None
-    labels_needed = any(loss.needs_labels and loss.weight > 0 for loss in objective.named_losses().values())
+    _, batch = first_batch(module, objective, task)
+    chosen = _labelled_first(batch, task) if _need_labels(objective) else batch
+    return _take(chosen, samples_needed(objective), _size(batch))
+
+
+def first_batch(module: LightningModule, objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
+    """Check the training loader's first batch, the first labelled one where a loss needs labels.
+
+    Returns:
+        The batch as it came, and as the task reads it.
+
+    Raises:
+        ValueError: For an empty loader, NaN in the inputs, missing labels, and a batch smaller than a loss needs.
+    """
+    empty = True
+    labels_needed = _need_labels(objective)
     for raw in training_batches(module, _SCAN):
+        empty = False
         batch = task.read(raw)
-        first = first or batch
         _check_finite(batch)
         if not labels_needed or _labelled(batch, task):
             break
     else:
-        if first is None:
+        if empty:
             raise ValueError(
                 "the training loader is empty, expected at least one batch: is the data set smaller than a batch with "
                 "drop_last=True, or its folder wrong?"
             )
-        names = [name for name, loss in objective.named_losses().items() if loss.needs_labels and loss.weight > 0]
         raise ValueError(
-            f"losses {names} need labels, got none in the first {_SCAN} training batches (all -100, or no target): "
-            "give the labels, or leave these losses out for unlabelled data"
+            f"losses {labels_needed} need labels, got none in the first {_SCAN} training batches (all -100, or no "
+            "target): give the labels, or leave these losses out for unlabelled data"
         )
-    needed = max(2, *(loss.min_batch_size for loss in objective.named_losses().values()))
     size = _size(batch)
-    least = max(loss.min_batch_size for loss in objective.named_losses().values())
-    if size is not None and size < least:
-        name = max(objective.named_losses().items(), key=lambda item: item[1].min_batch_size)[0]
+    name, loss = max(objective.named_losses().items(), key=lambda item: item[1].min_batch_size)
+    if size is not None and size < loss.min_batch_size:
         raise ValueError(
-            f"loss {name!r} compares samples and needs a batch of at least {least}, got {size}: raise the batch size"
+            f"loss {name!r} compares samples and needs a batch of at least {loss.min_batch_size}, got {size}: raise "
+            "the batch size"
         )
-    chosen = _labelled_first(batch, task) if labels_needed else batch
-    return _take(chosen, needed, size)
+    return raw, batch
+
+
+def samples_needed(objective: DistillationObjective) -> int:
+    """Return how many samples the losses can be computed on, 2 at least."""
+    return max(2, *(loss.min_batch_size for loss in objective.named_losses().values()))
 
 
 @torch.no_grad()
@@ -111,13 +128,15 @@ def dry_forward(
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with isolate_rng():
+        with untouched_rng():
             parameter = next(network.parameters(), None)
             if parameter is not None:
                 args, kwargs = (_fit(x, parameter) for x in (args, kwargs))
             try:
                 if unknown:
-                    _raise_unknown_layer(role, network, args, kwargs, unknown[0])
+                    raise unknown_layer(
+                        role, network, unknown[0], lambda: network(*args, **kwargs), len(args[0]) if args else "some"
+                    )
                 return run(network, args, kwargs, layers)
             except (RuntimeError, TypeError, IndexError) as error:
                 if "layer '" in str(error):  # of the capture: names the layer and the remedy already
@@ -145,6 +164,9 @@ def check_outputs(
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
+    for role, outputs in (("student", student), ("teacher", teacher)):
+        if outputs is not None:
+            check_logits(role, outputs.logits)
     classes = student.logits.shape[-1]
     if teacher is not None and teacher.logits.shape[-1] != classes:
         raise ValueError(
@@ -165,6 +187,15 @@ def check_outputs(
         raise ValueError(
             f"the losses give {total.item()} before the first step, expected a finite value: look for NaN or infinite "
             "weights in student and teacher"
+        )
+
+
+def check_logits(role: str, logits: Tensor, remedy: str = "leave the softmax out of its forward") -> None:
+    """Raise ValueError for probabilities: no value negative, and each row's sum 1."""
+    rows = logits.detach().float()
+    if rows.shape[-1] > 1 and bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 1e-2).all()):
+        raise ValueError(
+            f"expected logits from the {role}, got probabilities (no output is negative, each row sums to 1): {remedy}"
         )
 
 
@@ -210,9 +241,22 @@ def training_batches(module: LightningModule, count: int) -> Iterator[Any]:
     trainer = module.trainer
     # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
     loader = trainer.fit_loop._data_source.dataloader()
-    with isolate_rng():
+    with untouched_rng():
         for batch in islice(_iterate(loader), count):
             yield _transferred(trainer, module, batch)
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Put the random number generators back to where they were."""
+    error: BaseException | None = None
+    with isolate_rng():  # which does not when it is left by an exception, or by a generator that is not run to its end
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+    if error is not None:
+        raise error
 
 
 def _iterate(loader: Any) -> Iterator[Any]:
@@ -273,6 +317,10 @@ def _check_labels(target: Tensor, classes: int, task: Classification) -> None:
         )
 
 
+def _need_labels(objective: DistillationObjective) -> list[str]:
+    return [name for name, loss in objective.named_losses().items() if loss.needs_labels and loss.weight > 0]
+
+
 def _labelled(batch: Batch, task: Classification) -> bool:
     return batch.target is not None and bool((task.labels(batch.target) != -100).any())
 
@@ -309,9 +357,10 @@ def _fit(data: Any, parameter: Tensor) -> Any:
     return apply_to_collection(data, Tensor, move)
 
 
-def _raise_unknown_layer(
-    role: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str
-) -> None:
+def unknown_layer(
+    role: str, network: nn.Module, name: str, forward: Callable[[], object], samples: object = "some"
+) -> ValueError:
+    """Return the error for a layer that is not there: with the nearest names, and their shapes in ``forward()``."""
     shapes: dict[str, str] = {}
 
     def note(layer: str, output: Any) -> None:
@@ -322,12 +371,12 @@ def _raise_unknown_layer(
         for layer, module in network.named_modules()
     ]
     try:
-        network(*args, **kwargs)
+        forward()
     finally:
         for hook in hooks:
             hook.remove()
     nearest = ", ".join(f"{layer} {shapes.get(layer, '(did not run)')}" for layer in nearest_layers(network, name))
-    raise ValueError(
+    return ValueError(
         f"the {role} {type(network).__name__} has no layer {name!r}, expected a name of named_modules(); nearest, with "
-        f"their outputs for {len(args[0]) if args else 'some'} samples: {nearest}"
+        f"their outputs for {samples} samples: {nearest}"
     )
