@@ -1,8 +1,9 @@
 """Knowledge distillation for Lightning: train a small student on a large teacher's outputs."""
 
+from kd_lightning.callbacks import Distillation
 from kd_lightning.checkpoint import load_student
 from kd_lightning.module import DistillationModule
 from kd_lightning.outputs import Outputs
 from kd_lightning.teachers import Teacher
 
-__all__ = ["DistillationModule", "Outputs", "Teacher", "load_student"]
+__all__ = ["Distillation", "DistillationModule", "Outputs", "Teacher", "load_student"]

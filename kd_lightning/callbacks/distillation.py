@@ -1,0 +1,428 @@
+"""The second front door: distillation for a LightningModule that stays as it is."""
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+from kd_lightning.checkpoint import mismatch
+from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.objective import DistillationObjective, Term, find_objective
+from kd_lightning.outputs import Outputs
+from kd_lightning.preflight import (
+    check_logits,
+    check_outputs,
+    check_parts,
+    check_teacher_accuracy,
+    dry_forward,
+    first_batch,
+    samples_needed,
+)
+from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
+from kd_lightning.tap import Seen, Tap
+from kd_lightning.tasks import Batch, Classification
+from kd_lightning.teachers import Teacher
+from kd_lightning.tracking.metrics import log_terms, logs_this_step
+from kd_lightning.trial import AsInTraining, Trial, few
+
+_CHILD = "distillation"
+
+
+class Distillation(Callback):
+    """Add distillation to the training of a LightningModule that nobody edits.
+
+    The student's inputs and logits are those of its own forward pass in ``training_step``: it runs once, and the
+    teacher sees the same augmented view. The loss that ``training_step`` returns is kept, with ``task_weight``, and the
+    losses here are added to it. Their projectors are among ``self.parameters()`` when ``configure_optimizers`` is
+    called, and in this callback's part of the checkpoint; the checkpoint's ``state_dict`` is that of the plain module.
+
+    Before the first step, ``training_step`` is tried once on a copy of the module, where nothing is logged; ``setup``
+    and ``configure_model`` are called on the copy first. What the student did until the step ended, or broke off for
+    want of something that only a running training has, is enough.
+
+    In validation and test, ``agreement`` with the teacher is logged beside the module's own metrics.
+
+    Args:
+        teacher: Gets the very arguments that the student gets.
+        losses: By name, such as ``{"kd": KD(temperature=4.0)}``. Layers are named relative to the student.
+        student: Name of the student in the module; the module itself, by its ``forward``, unless given.
+        logits: Name of the layer, relative to the student, whose output are the logits; the student's output unless
+            given. For a module whose ``forward`` returns something else, or that calls it never or several times.
+        teacher_inputs: Makes the teacher's arguments from a batch: a tensor, a tuple of positional or a mapping of
+            keyword arguments. Needed where ``training_step`` never calls the student as a whole.
+        target: Makes the target from a batch; its second part, or ``labels``, as
+            :class:`~kd_lightning.tasks.Classification` reads it unless given.
+        task_weight: Factor of the module's own loss; at 0 it is left out.
+        check_teacher: Refuse a teacher that scores at chance on the training loader.
+
+    Raises:
+        ValueError: At the start of ``fit``: for manual optimization (several optimizers, hence: Lightning itself
+            refuses them under automatic optimization), for an optimizer without the projectors, for a student that does
+            not run exactly once in the step, for probabilities in place of logits, and for whatever
+            :mod:`kd_lightning.preflight` finds.
+
+    Example:
+        >>> from kd_lightning.losses import KD
+        >>> callback = Distillation(teacher=nn.Linear(4, 3), losses={"kd": KD(temperature=4.0)}, student="net")
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher | nn.Module,
+        losses: Mapping[str, DistillationLoss],
+        student: str = "",
+        logits: str | None = None,
+        teacher_inputs: Callable[[Any], Any] | None = None,
+        target: Callable[[Any], Tensor | None] | None = None,
+        task_weight: float = 1.0,
+        check_teacher: bool = True,
+    ) -> None:
+        if "task" in losses:
+            raise ValueError("'task' is the name of the module's own loss: give this one another")
+        if task_weight < 0:
+            raise ValueError(f"expected task_weight >= 0, got {task_weight}: 0 leaves the module's own loss out")
+        self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        self.objective = DistillationObjective(losses)
+        self.task_weight = task_weight
+        self.check_teacher = check_teacher
+        self._task = _Reading(
+            teacher_inputs, target, any(loss.needs_labels for loss in self.objective.named_losses().values())
+        )
+        self._tap = Tap(student, logits, inputs=teacher_inputs is None)
+        self._undo = ExitStack()
+        self._trial: Trial | None = None
+        self._pending: _Step | None = None
+        self._evaluation, self._seen = ExitStack(), Seen()
+        self._teacher_accuracy_logged = False
+        self._resumed: dict[str, Any] | None = None
+        check_parts(self.teacher, self.objective)
+
+    # Before training, in the order of the calls.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _check_module(pl_module)
+        self._teacher_accuracy_logged = False
+        self._trial = Trial(pl_module, trainer, self._tap)
+        self._preflight(pl_module, self._trial)
+        _check_averaging(trainer, self)
+
+        # Part of the module before configure_optimizers, so that self.parameters() has the projectors, DDP reduces
+        # their gradients, clipping counts them, and they are moved along.
+        pl_module.add_module(_CHILD, self.objective)
+        self._undo.callback(pl_module.__delattr__, _CHILD)
+        saving = pl_module.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
+        loading = pl_module.register_load_state_dict_post_hook(_is_not_missing)  # type: ignore[no-untyped-call]
+        self._undo.callback(saving.remove)
+        self._undo.callback(loading.remove)
+        # torch.compile(module) has put a step of its own on the instance; otherwise the class has it.
+        own = vars(pl_module).get("training_step")
+        self._undo.callback(_restore_step, pl_module, own)
+        pl_module.training_step = self._around(pl_module, pl_module.training_step)  # type: ignore[method-assign]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._trial is None:
+            return  # validate and test need nothing of it
+        problem = mismatch(self.objective, state_dict["losses"])
+        if problem:
+            raise ValueError(f"the checkpoint's losses are not those of this Distillation: {problem}")
+        self.objective.load_state_dict(state_dict["losses"])
+        self._resumed = state_dict["rng_states"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._place_teacher(pl_module)
+        optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        missing = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in optimized]
+        if missing:
+            raise ValueError(
+                f"the optimizer leaves out {len(missing)} parameters of the losses ({', '.join(missing[:3])}), "
+                "expected them to be trained: build it from self.parameters() in configure_optimizers, or take losses "
+                "without projectors"
+            )
+        assert self._trial is not None
+        if self.check_teacher:
+            self._trial.module.to(pl_module.device)
+            task = AsInTraining(self._trial, self._task.target) if self._tap.inputs else self._task
+            check_teacher_accuracy(pl_module, self.teacher, task)
+        self._trial = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            self._resumed = None  # one state was saved, and the processes should not all draw the same numbers
+        if self._resumed is not None:
+            set_rng_states(self._resumed)
+            if not starts_with_an_epoch(trainer):
+                renew_iterator(trainer)
+                self._resumed = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed is not None:
+            renew_iterator(trainer)
+            self._resumed = None
+
+    # In training.
+
+    def _around(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(training_step)
+        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                with self._tap.watch(module, self.objective.student_layers, once=True) as seen:
+                    result = training_step(batch, *args, **kwargs)
+                    if result is None:
+                        raise _Skipped  # past the complaint that the student did not run
+            except _Skipped:
+                return None
+            task_loss = result.get("loss") if isinstance(result, Mapping) else result
+            if task_loss is None:
+                return result  # Lightning has its say about a mapping without a loss
+            total = self._distil(module, batch, seen, task_loss)
+            return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+        return step
+
+    def _distil(self, module: LightningModule, batch: Any, seen: Seen, task_loss: Tensor) -> Tensor:
+        student = Outputs(seen.logits, seen.features)
+        teacher = None
+        if self.objective.needs_teacher:
+            args, kwargs = self._teacher_arguments(batch, seen)
+            teacher = self.teacher(args, kwargs, self.objective.teacher_layers)
+        total: Tensor
+        total, terms = self.objective(student, teacher, self._task.target(batch))
+        if self.task_weight:  # not 0 times a NaN, which the mean over no label is
+            total = self.task_weight * task_loss + total
+        if logs_this_step(module.trainer):
+            terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
+            values = {name: Term(term.raw.detach(), term.weighted.detach()) for name, term in terms.items()}
+            soft_targets = None if teacher is None else Outputs(teacher.logits)
+            self._pending = _Step(total.detach(), values, soft_targets, len(student.logits))
+        return total
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not in the step itself: the module may well log a "train/loss" of its own there, and twice is an error.
+        step, self._pending = self._pending, None
+        if step is not None:
+            log_terms(pl_module, self.objective, step.total, step.terms, step.teacher, step.batch_size)
+
+    # In validation and test.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._place_teacher(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._place_teacher(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._seen = self._evaluation.enter_context(self._tap.watch(pl_module))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._score(pl_module, batch, "val")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._teacher_accuracy_logged = not trainer.sanity_checking
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._seen = self._evaluation.enter_context(self._tap.watch(pl_module))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._score(pl_module, batch, "test")
+
+    def _score(self, module: LightningModule, batch: Any, prefix: str) -> None:
+        self._evaluation.close()
+        seen, self._seen = self._seen, Seen()
+        if not seen.outputs or (self._tap.inputs and not seen.inputs):
+            return  # how the module validates is its own affair
+        args, kwargs = self._teacher_arguments(batch, seen)
+        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+            # Of several forward passes the first: student and teacher see the same there.
+            student, teacher = seen.logits, self.teacher(args, kwargs).logits
+        if student.shape != teacher.shape:
+            return
+        self._log_mean(module, f"{prefix}/agreement", torch.eq(student.argmax(-1), teacher.argmax(-1)))
+        target = self._task.target_or_none(batch)
+        if prefix == "test" or self._teacher_accuracy_logged or target is None:
+            return
+        if self._task.labels(target).shape == teacher.shape[:-1]:
+            self._log_mean(module, "val/teacher_acc", self._task.correct(teacher, target))
+
+    @staticmethod
+    def _log_mean(module: LightningModule, name: str, hits: Tensor) -> None:
+        if hits.numel():
+            module.log(name, hits.float().mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=hits.numel())
+
+    # At the end.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.objective.state_dict(), "rng_states": rng_states()}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave the module as it was."""
+        self._evaluation.close()
+        self._undo.close()
+        self._trial = self._pending = self._resumed = None
+        self._seen = Seen()
+        self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
+
+    def _preflight(self, module: LightningModule, trial: Trial) -> None:
+        raw, _ = first_batch(module, self.objective, self._task)
+        batch = few(raw, samples_needed(self.objective))
+        try:
+            seen = trial.run(batch, self.objective.student_layers)
+        except ValueError:
+            if batch is raw:
+                raise
+            batch = raw  # a step may want whole batches
+            seen = trial.run(batch, self.objective.student_layers)
+        check_logits("student", seen.logits, 'name the layer before the softmax with logits="..."')
+        args, kwargs = self._teacher_arguments(batch, seen)
+        teacher = dry_forward("teacher", self.teacher.network, args, kwargs, self.objective.teacher_layers)
+        student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()})
+        check_outputs(self.objective, student, teacher, self._task.target(batch), self._task)
+
+    def _teacher_arguments(self, batch: Any, seen: Seen) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        return seen.inputs[0] if self._tap.inputs else self._task.arguments(batch)
+
+    def _place_teacher(self, module: LightningModule) -> None:
+        student = self._tap.student_of(module)
+        floating = [p.dtype for p in student.parameters() if p.is_floating_point()]
+        self.teacher.to(module.device, floating[0] if floating else None)
+
+
+class _Reading(Classification):
+    """Reads batches as the callback was told to."""
+
+    def __init__(
+        self,
+        teacher_inputs: Callable[[Any], Any] | None,
+        target: Callable[[Any], Tensor | None] | None,
+        labels_needed: bool,
+    ) -> None:
+        self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
+
+    def read(self, batch: Any) -> Batch:
+        target = self.target(batch)
+        if self._teacher_inputs is not None:
+            return Batch(*self.arguments(batch), target)
+        try:
+            return super().read(batch)._replace(target=target)
+        except TypeError:
+            return Batch((), {}, target)  # the module knows how to read it
+
+    def target(self, batch: Any) -> Tensor | None:
+        if self._target is not None:
+            return self._target(batch)
+        try:
+            return super().read(batch).target
+        except TypeError as error:
+            if not self._labels_needed:
+                return None
+            expected, _, _ = str(error).partition(": pass")
+            raise TypeError(f"{expected}: pass Distillation(..., target=) that takes the target from a batch") from None
+
+    def target_or_none(self, batch: Any) -> Tensor | None:
+        try:
+            return self.target(batch)
+        except TypeError:
+            return None
+
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        assert self._teacher_inputs is not None
+        inputs = self._teacher_inputs(batch)
+        if isinstance(inputs, Mapping):
+            return (), inputs
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+class _Skipped(Exception):  # noqa: N818
+    """The step returned None: a batch that is not trained on."""
+
+
+@dataclass
+class _Step:
+    """What is logged of a step: values, no graphs."""
+
+    total: Tensor
+    terms: dict[str, Term]
+    teacher: Outputs | None
+    batch_size: int
+
+
+def _check_module(module: LightningModule) -> None:
+    name = type(module).__name__
+    if find_objective(module) is not None:
+        raise ValueError(
+            f"{name} is distilled already: one DistillationModule, or one Distillation, with all the losses"
+        )
+    if hasattr(module, _CHILD):
+        raise ValueError(f"{name} has an attribute {_CHILD!r} of its own, where the losses are to hang: rename it")
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{name} optimizes manually, expected automatic optimization: its training_step makes the backward pass "
+            "before a loss could be added; call kd_lightning.objective.DistillationObjective there"
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(f"{name}.training_step takes dataloader_iter, expected it to take the batch")
+
+
+def _check_averaging(trainer: Trainer, callback: Distillation) -> None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    earlier = callbacks[: callbacks.index(callback)]
+    # As WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging call their copy, by which they go through
+    # both modules' parameters side by side.
+    name = next((type(c).__name__ for c in earlier if hasattr(c, "_average_model")), None)
+    if name is not None and next(callback.objective.parameters(), None) is not None:
+        raise ValueError(
+            f"{name} has copied the module before it gets the projectors, expected to come later: put Distillation "
+            "before it in callbacks"
+        )
+
+
+def _restore_step(module: LightningModule, own: Callable[..., Any] | None) -> None:
+    del module.training_step
+    if own is not None:
+        module.training_step = own  # type: ignore[method-assign]
+
+
+# Plain functions: torch sets an attribute on them, and a copy of the module has them too.
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: object) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}{_CHILD}.")]:
+        del state[key]
+
+
+def _is_not_missing(module: nn.Module, incompatible: Any) -> None:
+    own = f"{_CHILD}."
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own not in k]

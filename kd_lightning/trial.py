@@ -1,0 +1,137 @@
+"""Try ``training_step`` before training, without a trace in the module."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_lightning.preflight import unknown_layer, untouched_rng
+from kd_lightning.tap import Seen, Tap
+from kd_lightning.tasks import Batch, Classification
+
+
+class Trial:
+    """A copy of a module whose ``training_step`` runs on some batches, where nothing is logged.
+
+    ``setup`` and ``configure_model`` are called on the copy: the Trainer calls those of the module itself only after
+    the callbacks' ``setup``.
+
+    Raises:
+        ValueError: For a module that cannot be copied.
+    """
+
+    def __init__(self, module: LightningModule, trainer: Trainer, tap: Tap) -> None:
+        self.trainer, self.tap = trainer, tap
+        # No step changes a data set, and it may be as large as the memory.
+        shared = [x for x in vars(module).values() if isinstance(x, Dataset | DataLoader | LightningDataModule)]
+        with untouched_rng():
+            try:
+                self.module = copy.deepcopy(module, {id(x): x for x in shared})
+            except Exception as error:
+                raise ValueError(
+                    f"{type(module).__name__} cannot be copied ({error}), expected to try its training_step on a copy "
+                    "before training: keep what cannot be copied out of its attributes, or give that a __deepcopy__"
+                ) from error
+            self.module.trainer = trainer
+            if getattr(self.module, "_compiler_ctx", None) is not None:
+                # torch.compile(module) has put methods on the instance that go on working on the module itself.
+                for name in ("forward", "training_step"):
+                    vars(self.module).pop(name, None)
+            for part in self.module.modules():
+                if isinstance(part, LightningModule):
+                    part.log = _silent  # type: ignore[method-assign]
+            if is_overridden("setup", self.module):
+                self.module.setup("fit")
+            if is_overridden("configure_model", self.module):
+                self.module.configure_model()
+
+    def run(self, batch: Any, layers: tuple[str, ...] = ()) -> Seen:
+        """Return what was seen of the student in a step.
+
+        A step that breaks off after the student has run has shown enough: it may want something that only a running
+        training has, such as the optimizer for its learning rate.
+
+        Raises:
+            ValueError: For a step that breaks off before, or in which the student does not run exactly once; for an
+                unknown layer, with the nearest ones.
+        """
+        known = dict(self.tap.student_of(self.module).named_modules())
+        for name in layers:
+            if name not in known:
+                student = self.tap.student_of(self.module)
+                raise unknown_layer("student", student, name, lambda: self.run(batch), "some")
+        seen = Seen()
+        try:
+            with (
+                untouched_rng(),
+                torch.enable_grad(),
+                self.trainer.precision_plugin.forward_context(),
+                self.tap.watch(self.module, layers, once=True) as seen,
+            ):
+                self._step(batch)
+        except Exception as error:
+            if seen.problem:
+                raise ValueError(seen.problem) from error
+            ran = (
+                seen.outputs and (seen.inputs or not self.tap.inputs) and all(name in seen.features for name in layers)
+            )
+            # Of the features' checks, which come when the step has ended.
+            if not ran or "layer '" in str(error):
+                raise ValueError(
+                    f"training_step of {type(self.module).__name__}, tried on a copy before training, failed before "
+                    f"the student's outputs were there: {type(error).__name__}: {error}; if it is for want of "
+                    "what on_fit_start or on_train_start make, make that in __init__, setup or configure_model"
+                ) from error
+        return seen
+
+    def _step(self, batch: Any) -> None:
+        self.trainer.precision_plugin.convert_module(self.module)
+        parameter = next(self.module.parameters(), None)
+        if parameter is not None:
+            batch = self.module.transfer_batch_to_device(batch, parameter.device, 0)
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        step: Callable[..., object] = self.module.training_step
+        # What the step says to a logger by itself is silenced, too.
+        loggers, self.trainer.loggers = self.trainer.loggers, []
+        try:
+            step(batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+        finally:
+            self.trainer.loggers = loggers
+
+
+class AsInTraining(Classification):
+    """Reads a batch as the student's arguments in ``training_step``, whatever is done to it there."""
+
+    def __init__(self, trial: Trial, target: Callable[[Any], Tensor | None]) -> None:
+        self._trial, self._target = trial, target
+
+    def read(self, batch: Any) -> Batch:
+        args, kwargs = self._trial.run(batch).inputs[0]
+        return Batch(args, kwargs, self._target(batch))
+
+
+def few(batch: Any, count: int) -> Any:
+    """Return the first samples of a batch that is a tensor, or a tuple, list or dict of tensors of one length.
+
+    Any other is returned whole.
+    """
+    if isinstance(batch, Tensor):
+        return batch[:count]
+    if type(batch) not in (tuple, list, dict):
+        return batch
+    parts = batch.values() if isinstance(batch, dict) else batch
+    if not all(isinstance(x, Tensor) and x.ndim for x in parts) or len({len(x) for x in parts}) != 1:
+        return batch
+    return (
+        {k: x[:count] for k, x in batch.items()} if isinstance(batch, dict) else type(batch)(x[:count] for x in parts)
+    )
+
+
+def _silent(*args: Any, **kwargs: Any) -> None:
+    pass
