@@ -108,8 +108,9 @@ def check_length_is_known(trainer: Trainer) -> None:
     """Raise ValueError when there is no progress to speak of."""
     length = trainer.estimated_stepping_batches
     if not math.isfinite(length) or length < 1:
+        got = "an unknown one" if length < 0 or not math.isfinite(length) else length
         raise ValueError(
-            f"a schedule needs the number of optimizer steps, got {length}: pass the Trainer max_steps, or max_epochs "
+            f"a schedule needs the number of optimizer steps, got {got}: pass the Trainer max_steps, or max_epochs "
             "with a loader that has a length"
         )
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,4 +79,5 @@ def check_writable(folder: Path, megabytes: int = 64) -> None:
             "the tracking store: free some, or change to another working directory",
         ) from error
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder's own error tells more
+            probe.unlink()
