@@ -22,7 +22,7 @@ from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 
 _SCAN = 100
-"""Batches that are looked through for a labelled one."""
+"""Batches that are looked through for a labelled one, or for samples to judge the teacher on."""
 _TEACHER_SAMPLES = 256
 _TOO_FEW_TO_JUDGE = 100
 
@@ -55,20 +55,16 @@ def dry_run(
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
-    batch = first_samples(module, objective, task)
-    args, kwargs, target = batch
+    _, batch = first_batch(module, objective, task)
+    few = _take(_labelled_first(batch, task), samples_needed(objective), _size(batch))
+    args, kwargs, target = few
     student_outputs = dry_forward("student", student, args, kwargs, objective.student_layers)
     teacher_outputs = None
     if teacher is not None:
         teacher_outputs = dry_forward("teacher", teacher.network, args, kwargs, objective.teacher_layers)
     check_outputs(objective, student_outputs, teacher_outputs, target, task)
-
-
-def first_samples(module: LightningModule, objective: DistillationObjective, task: Classification) -> Batch:
-    """Check the training loader's first batch and return as many of its samples as the losses need, 2 at least."""
-    _, batch = first_batch(module, objective, task)
-    chosen = _labelled_first(batch, task) if _need_labels(objective) else batch
-    return _take(chosen, samples_needed(objective), _size(batch))
+    if batch.target is not None:
+        check_labels(batch.target, student_outputs.logits.shape[-1], task)
 
 
 def first_batch(module: LightningModule, objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
@@ -174,7 +170,7 @@ def check_outputs(
             "in the same order: set num_classes, or slice the teacher's logits in a module around it"
         )
     if target is not None:
-        _check_labels(target, classes, task)
+        check_labels(target, classes, task)
     objective.build(student, teacher)
     with torch.no_grad():
         device = student.logits.device
@@ -187,6 +183,19 @@ def check_outputs(
         raise ValueError(
             f"the losses give {total.item()} before the first step, expected a finite value: look for NaN or infinite "
             "weights in student and teacher"
+        )
+
+
+def check_labels(target: Tensor, classes: int, task: Classification) -> None:
+    """Raise ValueError for a label that is no class, or probabilities over other classes."""
+    if target.is_floating_point() and target.shape[-1] != classes:
+        raise ValueError(f"the targets are probabilities over {target.shape[-1]} classes, expected {classes}")
+    labels = task.labels(target)
+    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"label {int(wrong[0])} is out of range, expected 0 to {classes - 1}, or -100 for an unlabelled sample: "
+            "set num_classes to that of the data set, or map the labels"
         )
 
 
@@ -208,14 +217,14 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
     """
     precision = module.trainer.precision_plugin
     correct = count = classes = 0
-    for raw in training_batches(module, 16):
+    for raw in training_batches(module, _SCAN):
         batch = task.read(precision.convert_input(move_data_to_device(raw, module.device)))
         if batch.target is None:
             return
         with precision.forward_context():
             logits = teacher(batch.args, batch.kwargs).logits
         classes = logits.shape[-1]
-        _check_labels(batch.target, classes, task)
+        check_labels(batch.target, classes, task)
         hits = task.correct(logits, batch.target)
         correct, count = correct + int(hits.sum()), count + hits.numel()
         if count >= _TEACHER_SAMPLES:
@@ -240,8 +249,8 @@ def training_batches(module: LightningModule, count: int) -> Iterator[Any]:
     """
     trainer = module.trainer
     # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
-    loader = trainer.fit_loop._data_source.dataloader()
     with untouched_rng():
+        loader = trainer.fit_loop._data_source.dataloader()
         for batch in islice(_iterate(loader), count):
             yield _transferred(trainer, module, batch)
 
@@ -270,19 +279,19 @@ def _iterate(loader: Any) -> Iterator[Any]:
                 fetch = getattr(dataset, "__getitems__", None)
                 yield collate(fetch(indices) if fetch else [dataset[i] for i in indices])
     elif isinstance(loader, DataLoader):
-        yield from loader
+        yield from _unshared(loader)
     else:
         combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
         for batch, _, _ in combined:
             yield batch
 
 
-def _unshared(sampler: Any) -> Iterator[Any]:
-    """Iterate a sampler and put its generators back to where they were."""
-    owners = (sampler, getattr(sampler, "sampler", None))
+def _unshared(source: Any) -> Iterator[Any]:
+    """Iterate a sampler or a loader and put its generators back to where they were."""
+    owners = (source, getattr(source, "sampler", None))
     states = [(g, g.get_state()) for g in (getattr(o, "generator", None) for o in owners) if g is not None]
     try:
-        yield from sampler
+        yield from source
     finally:
         for generator, state in states:
             generator.set_state(state)
@@ -303,18 +312,6 @@ def _check_finite(batch: Batch) -> None:
                 f"the training inputs hold {bad} NaN or infinite values in a batch of shape {tuple(x.shape)}, expected "
                 "finite numbers: look for a division by a standard deviation of zero, or a broken file"
             )
-
-
-def _check_labels(target: Tensor, classes: int, task: Classification) -> None:
-    if target.is_floating_point() and target.shape[-1] != classes:
-        raise ValueError(f"the targets are probabilities over {target.shape[-1]} classes, expected {classes}")
-    labels = task.labels(target)
-    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= classes)]
-    if wrong.numel():
-        raise ValueError(
-            f"label {int(wrong[0])} is out of range, expected 0 to {classes - 1}, or -100 for an unlabelled sample: "
-            "set num_classes to that of the data set, or map the labels"
-        )
 
 
 def _need_labels(objective: DistillationObjective) -> list[str]:
