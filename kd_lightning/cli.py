@@ -2,6 +2,9 @@
 
 import difflib
 import logging
+import os
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,12 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from kd_lightning.pipeline import Pipeline, Recipe
 from kd_lightning.pipeline.results import Role
+from kd_lightning.tracking.logger import LOCAL_STORE
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _STAGES = ("teacher", *_STUDENTS, "verdict")
@@ -36,9 +41,9 @@ def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
     try:
         _hydra_main()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SIGTERMException) as error:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM))
     except SystemExit as error:
         if error.code == 1:  # Hydra has printed what is wrong, and not always what would be right
             _print_alternatives([word for word in sys.argv[1:] if not word.startswith("-")])
@@ -52,13 +57,14 @@ def _hydra_main(config: DictConfig) -> float | None:
         job = pipeline(config, _experiment())
         verdict = job.run()
     except InstantiationException as error:  # names the target and the argument; the cause says what is wrong
-        raise SystemExit(f"kd-lightning: {error.__cause__ or error} (in {error})") from error
+        where = str(error).splitlines()[0].removeprefix("Error in call to target ")
+        raise SystemExit(f"kd-lightning: {where.rstrip(':')}: {error.__cause__ or error}") from error
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
         raise SystemExit(f"kd-lightning: {error}") from error
     if verdict is None:
         return None
-    uri = config.logger and OmegaConf.select(config, "logger.tracking_uri")
-    _say_where(job.console, uri)
+    if config.logger:
+        _say_where(job.console, config.logger.get("tracking_uri"))
     chosen = verdict.models.get(verdict.distilled or "")
     return chosen.val_accuracy if chosen is not None else None  # what a Hydra sweeper maximises
 
@@ -88,6 +94,7 @@ def pipeline(config: DictConfig, experiment: str | None = None) -> Pipeline:
         students=recipes,
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
+        console=Console(width=None if sys.stdout.isatty() else 100),
         make_logger=partial(instantiate, resolved["logger"]) if resolved["logger"] else None,
         verdict="verdict" in config.stages,
         recall_classes=resolved["recall_classes"],
@@ -177,10 +184,6 @@ def _experiment() -> str | None:
 
 
 def _say_where(console: Console, tracking_uri: str | None) -> None:
-    import os
-
-    from kd_lightning.tracking.logger import LOCAL_STORE
-
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
     console.print()
     if uri.startswith(("http:", "https:")):
@@ -191,31 +194,46 @@ def _say_where(console: Console, tracking_uri: str | None) -> None:
 
 def _quiet() -> None:
     """Leave the terminal to the progress display and the comparison."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "alembic", "mlflow"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # "experiment not found: creating it"
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported, which is later
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
 
 
 def _print_alternatives(overrides: list[str]) -> None:
-    """Say for overrides that name nothing in the configuration which names are nearest."""
+    """Say for overrides that name nothing in the configuration which names are there."""
+    groups = {
+        folder.name: sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+        for folder in sorted(conf_dir().iterdir())
+        if folder.is_dir()
+    }
+    paths = _known_paths()
+    for override in overrides:
+        path, _, value = override.lstrip("+~").partition("=")
+        group = path.partition("@")[0]
+        chosen = re.findall(r"[\w/.-]+", value)
+        if path.startswith("hydra."):
+            continue
+        if group in groups and not set(chosen) <= set(groups[group]):
+            print(f"\n{group}: the options here are {', '.join(groups[group])}", file=sys.stderr)
+        elif path not in paths and group not in groups:
+            nearest = difflib.get_close_matches(path, paths, n=5, cutoff=0.5)
+            nearest += difflib.get_close_matches(group, groups, n=2)
+            print(f"\n{path}: the nearest names are {', '.join(nearest) or 'none'}", file=sys.stderr)
+            print(f"Groups: {', '.join(groups)}. All paths: kd-lightning --cfg job", file=sys.stderr)
+
+
+def _known_paths() -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            config = OmegaConf.to_container(hydra.compose("config"))
+            return list(_paths(OmegaConf.to_container(hydra.compose("config"))))
     except (HydraException, OmegaConfBaseException):
-        return
-    paths = list(_paths(config))
-    groups = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir())
-    for override in overrides:
-        path = override.lstrip("+~").partition("=")[0]
-        group = path.partition("@")[0]
-        if path in paths or group.partition("/")[0] in groups:
-            continue
-        nearest = difflib.get_close_matches(path, paths, n=5, cutoff=0.5)
-        print(f"\n{path}: nearest paths: {', '.join(nearest) or 'none'}", file=sys.stderr)
-        print(f"groups: {', '.join(groups)}; all paths: kd-lightning --cfg job", file=sys.stderr)
+        return []
 
 
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.progress import StageProgress
+from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Verdict
-from kd_lightning.pipeline.stage import Finished, Recipe, run_stage
+from kd_lightning.pipeline.stage import run_stage
+from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 from kd_lightning.tasks import Classification
@@ -91,8 +93,8 @@ class Pipeline:
         with StageProgress(console, len(recipes)) as progress:
             for recipe in recipes:
                 progress.begin(recipe.name)
-                stage, reused = self._run_one(recipe, teacher, tracking, progress)
-                progress.end(recipe.name, _summary(stage, reused))
+                stage = self._run_one(recipe, teacher, tracking, progress)
+                progress.end(recipe.name, _summary(stage))
                 finished.append(stage)
                 if recipe.role == "teacher":
                     teacher = stage
@@ -100,24 +102,24 @@ class Pipeline:
 
     def _run_one(
         self, recipe: Recipe, teacher: Finished | None, tracking: Tracking, progress: StageProgress
-    ) -> tuple[Finished, bool]:
+    ) -> Finished:
         tags = {"kd.role": recipe.role, "kd.method": recipe.method, "kd.seed": recipe.seed}
-        stage, reused = run_stage(
+        stage = run_stage(
             recipe,
             teacher,
             self.work_dir,
             lambda run_id: tracking.logger(recipe.name, tags, recipe.config, run_id),
             [progress],
         )
-        run_id = stage.run_id
-        if reused:
+        run_id = stage.folder.run_id
+        if stage.reused and not tracking.is_child(run_id):
             # A run of its own under this parent, so that all rows of a comparison stand side by side.
             origin = {"kd.reused_from": run_id} if run_id else {}
-            logger = tracking.logger(recipe.name, {**tags, **origin, "kd.reused": True}, recipe.config)
+            logger = tracking.logger(recipe.name, {**tags, **origin}, recipe.config)
             run_id = logger.run_id if logger is not None else None
-            stage = Finished(**{**vars(stage), "run_id": run_id})
-        else:
-            tracking.artifact(run_id, stage.folder / "final.ckpt")
+            stage.folder.remember(run_id)
+        elif not stage.reused:
+            tracking.artifact(run_id, stage.folder.weights)
         result = stage.result
         values: dict[str, float | None] = {
             "final/acc": result.accuracy,
@@ -133,7 +135,7 @@ class Pipeline:
         tracking.metrics(run_id, values)
         tracking.text(run_id, json.dumps(recipe.config, indent=2, default=str), "config.json")
         tracking.finish(run_id)
-        return stage, reused
+        return stage
 
     def _compare(self, finished: list[Finished], tracking: Tracking, path: Path) -> Verdict:
         data = finished[0].recipe.data(role="distilled", seed=0)
@@ -151,7 +153,7 @@ class Pipeline:
         )
         write_verdict(verdict, path)
         for stage in finished:
-            tracking.metrics(stage.run_id, _speed(latency[stage.result.label]))
+            tracking.metrics(stage.folder.run_id, _speed(latency[stage.result.label]))
         for label, model in verdict.models.items():
             values = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
             values |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}
@@ -176,9 +178,9 @@ class Pipeline:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _summary(stage: Finished, reused: bool) -> str:
+def _summary(stage: Finished) -> str:
     result = stage.result
-    how = "reused, nothing it depends on has changed" if reused else f"{result.train_seconds:.1f} s of training"
+    how = "reused, nothing it depends on has changed" if stage.reused else f"{result.train_seconds:.1f} s of training"
     return f"{100 * result.val_accuracy:.1f} % of the validation images right ({how})"
 
 

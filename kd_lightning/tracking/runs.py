@@ -61,6 +61,13 @@ class Tracking:
         self._log_config(child, config)
         return child
 
+    def is_child(self, run_id: str | None) -> bool:
+        """Tell whether a run is there, under this parent."""
+        if self._parent is None or run_id is None:
+            return False
+        run = _find(self._parent, run_id)
+        return run is not None and run.data.tags.get("mlflow.parentRunId") == self.run_id
+
     def metrics(self, run_id: str | None, values: Mapping[str, float | None]) -> None:
         """Log final values of a run, those that are known."""
         known = {key: value for key, value in values.items() if value is not None}
@@ -87,7 +94,7 @@ class Tracking:
             return None
         if run_id is not None:
             logger = self._make_logger(run_name=name, tags=tags, run_id=run_id)
-            if _is_there(logger, run_id):
+            if _find(logger, run_id) is not None:
                 logger.experiment.update_run(run_id, status="RUNNING")
                 return logger
         return self._make_logger(run_name=name, tags=tags, run_id=None)
@@ -97,10 +104,12 @@ class Tracking:
             logger.log_hyperparams(dict(config))
 
 
-def _is_there(logger: MLFlowLogger, run_id: str) -> bool:
+def _find(logger: MLFlowLogger, run_id: str) -> Any | None:
+    """Return the run, None where the store does not have it (any more)."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(logger._mlflow_client.get_run(run_id).info.lifecycle_stage == "active")
+        run = logger._mlflow_client.get_run(run_id)
     except MlflowException:
-        return False
+        return None
+    return run if run.info.lifecycle_stage == "active" else None

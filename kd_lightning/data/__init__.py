@@ -1,0 +1,5 @@
+"""LightningDataModules that know which images are the teacher's and which the student's."""
+
+from kd_lightning.data.fashion_mnist import FashionMNIST
+
+__all__ = ["FashionMNIST"]

@@ -1,0 +1,56 @@
+"""What one training is made of."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch import nn
+
+from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.pipeline.results import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Factories for one training, since each stage and seed starts from fresh objects.
+
+    Attributes:
+        role: ``teacher``, ``student`` (alone), ``control`` (on the teacher's hard labels) or ``distilled``.
+        label: The model's row in the verdict; runs of several seeds share it.
+        method: What it is trained with, as a run's name has it, such as ``kd-T4``.
+        seed: Of initialisation and data order.
+        config: All that decides the outcome; fingerprinted, and logged as parameters.
+        network: Makes the network to train.
+        losses: Makes the losses, by name.
+        data: Makes the data module, given ``role`` and ``seed``.
+        trainer: Makes the Trainer, given ``callbacks``, ``logger`` and ``default_root_dir``.
+        optimizer: See :class:`~kd_lightning.DistillationModule`.
+        scheduler: Likewise.
+        callbacks: Makes further callbacks.
+        checkpoint: Finished weights: nothing is trained, the network is only tested.
+    """
+
+    role: Role
+    label: str
+    method: str
+    seed: int
+    config: Mapping[str, Any]
+    network: Callable[[], nn.Module]
+    losses: Callable[[], dict[str, DistillationLoss]]
+    data: Callable[..., LightningDataModule]
+    trainer: Callable[..., Trainer]
+    optimizer: Callable[..., Any]
+    scheduler: Callable[..., Any] | None = None
+    callbacks: Callable[[], list[Callback]] = list
+    checkpoint: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As a person reads it: ``distilled-kd-T4-s0``."""
+        return f"{self.role}-{self.method}-s{self.seed}"
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.role not in ("teacher", "student")
