@@ -424,5 +424,6 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, local_meta
 
 
 def _is_not_missing(module: nn.Module, incompatible: Any) -> None:
-    own = f"{_CHILD}."
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if own not in k]
+    own = tuple(f".{_CHILD}.{name}" for name in getattr(module, _CHILD).state_dict())
+    # With a prefix where the module is part of another, as in an AveragedModel.
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not f".{k}".endswith(own)]
