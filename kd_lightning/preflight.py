@@ -1,8 +1,9 @@
 """What can be known to be wrong before the first training step."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -124,7 +125,7 @@ def dry_forward(
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with untouched_rng():
+        with untouched_rng(), _uncompiled():
             parameter = next(network.parameters(), None)
             if parameter is not None:
                 args, kwargs = (_fit(x, parameter) for x in (args, kwargs))
@@ -266,6 +267,17 @@ def untouched_rng() -> Iterator[None]:
             error = caught
     if error is not None:
         raise error
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run compiled networks as they were written.
+
+    Compiled for a few samples first, they would be compiled again at the first step: for any number, and slower.
+    """
+    eager: AbstractContextManager[object] = nullcontext()
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+        eager = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def _iterate(loader: Any) -> Iterator[Any]:
