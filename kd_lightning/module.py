@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
-from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
+from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run, training_batches
 from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
@@ -181,7 +181,7 @@ class DistillationModule(LightningModule):
 
     def _build(self) -> None:
         if not self._built:
-            dry_run(self, self.student, self.teacher, self.objective, self.task)
+            dry_run(training_batches(self), self.student, self.teacher, self.objective, self.task)
             self._built = True
 
     def _place_teacher(self) -> None:

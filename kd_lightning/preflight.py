@@ -43,20 +43,27 @@ def check_checkpoint(state: Mapping[str, Tensor], student: nn.Module) -> None:
 
 
 def dry_run(
-    module: LightningModule,
+    batches: Iterable[Any],
     student: nn.Module,
     teacher: Teacher | None,
     objective: DistillationObjective,
     task: Classification,
 ) -> None:
-    """Run both networks on a few samples of the training loader, build the losses, compute them once.
+    """Run both networks on a few samples of the training, build the losses, compute them once.
 
     Leaves networks and random number generators as they were.
+
+    Args:
+        batches: Of the training; see :func:`training_batches` and :func:`loader_batches`.
+        student: Without a trace of this afterwards.
+        teacher: Likewise.
+        objective: Has its projectors afterwards.
+        task: Reads the batches.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
-    _, batch = first_batch(module, objective, task)
+    _, batch = first_batch(batches, objective, task)
     few = _take(_labelled_first(batch, task), samples_needed(objective), _size(batch))
     args, kwargs, target = few
     student_outputs = dry_forward("student", student, args, kwargs, objective.student_layers)
@@ -68,8 +75,8 @@ def dry_run(
         check_labels(batch.target, student_outputs.logits.shape[-1], task)
 
 
-def first_batch(module: LightningModule, objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
-    """Check the training loader's first batch, the first labelled one where a loss needs labels.
+def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
+    """Check the first batch of a training, the first labelled one where a loss needs labels.
 
     Returns:
         The batch as it came, and as the task reads it.
@@ -79,7 +86,7 @@ def first_batch(module: LightningModule, objective: DistillationObjective, task:
     """
     empty = True
     labels_needed = _need_labels(objective)
-    for raw in training_batches(module, _SCAN):
+    for raw in islice(batches, _SCAN):
         empty = False
         batch = task.read(raw)
         _check_finite(batch)
@@ -242,7 +249,7 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
         )
 
 
-def training_batches(module: LightningModule, count: int) -> Iterator[Any]:
+def training_batches(module: LightningModule, count: int = _SCAN) -> Iterator[Any]:
     """Yield up to ``count`` batches of the training loader, on CPU, as ``training_step`` would get them.
 
     Runs in this process whatever the number of workers, and draws nothing from any random number generator that the
@@ -252,8 +259,14 @@ def training_batches(module: LightningModule, count: int) -> Iterator[Any]:
     # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
     with untouched_rng():
         loader = trainer.fit_loop._data_source.dataloader()
-        for batch in islice(_iterate(loader), count):
+        for batch in loader_batches(loader, count):
             yield _transferred(trainer, module, batch)
+
+
+def loader_batches(loader: Any, count: int = _SCAN) -> Iterator[Any]:
+    """Yield up to ``count`` batches of a loader, likewise."""
+    with untouched_rng():
+        yield from islice(_iterate(loader), count)
 
 
 @contextmanager

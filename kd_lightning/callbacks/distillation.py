@@ -23,6 +23,7 @@ from kd_lightning.preflight import (
     dry_forward,
     first_batch,
     samples_needed,
+    training_batches,
 )
 from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
 from kd_lightning.tap import Seen, Tap
@@ -298,7 +299,7 @@ class Distillation(Callback):
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
-        raw, _ = first_batch(module, self.objective, self._task)
+        raw, _ = first_batch(training_batches(module), self.objective, self._task)
         batch = few(raw, samples_needed(self.objective))
         try:
             seen = trial.run(batch, self.objective.student_layers)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
+from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.progress import StageProgress
@@ -20,7 +21,9 @@ from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
+from kd_lightning.preflight import check_parts, dry_run, loader_batches
 from kd_lightning.tasks import Classification
+from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.logger import check_writable
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
@@ -62,9 +65,11 @@ class Pipeline:
         """Run what is not finished yet.
 
         Raises:
+            ValueError: For whatever :mod:`kd_lightning.preflight` finds in any stage, before the first is trained.
             OSError: When ``work_dir`` cannot be written to, before anything is trained.
         """
         check_writable(self.work_dir)
+        self._check_recipes()
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
         marker = folder / "run_id"  # there while the pipeline is under way
         tracking = Tracking(self.make_logger, self.name, self.config, marker.read_text() if marker.is_file() else None)
@@ -85,8 +90,24 @@ class Pipeline:
         marker.unlink(missing_ok=True)
         return verdict
 
+    def _check_recipes(self) -> None:
+        """Make everything once and run it dry, so that no stage fails after those before it were trained."""
+        recipes = {recipe.label: recipe for recipe in self._recipes()}
+        for recipe in recipes.values():
+            data = recipe.data(role=recipe.role, seed=recipe.seed)
+            data.prepare_data()
+            data.setup("fit")
+            recipe.callbacks()
+            teacher = Teacher(self.teacher.network()) if self.teacher is not None and recipe.needs_teacher else None
+            objective = DistillationObjective(recipe.losses())
+            check_parts(teacher, objective)
+            dry_run(loader_batches(data.train_dataloader()), recipe.network(), teacher, objective, Classification())
+
+    def _recipes(self) -> list[Recipe]:
+        return [*([self.teacher] if self.teacher is not None else []), *self.students]
+
     def _run_stages(self, tracking: Tracking) -> list[Finished]:
-        recipes = [*([self.teacher] if self.teacher else []), *self.students]
+        recipes = self._recipes()
         teacher: Finished | None = None
         finished: list[Finished] = []
         console = self.console if is_rank_zero() else Console(quiet=True)
