@@ -105,10 +105,12 @@ class Finished:
 
 def fingerprint_of(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> str:
     """Hash all that decides a stage's outcome: its config, data, code, teacher, and the weights it starts from."""
-    of_data = getattr(data, "fingerprint", None)
+    config, of_data = dict(recipe.config), getattr(data, "fingerprint", None)
+    if of_data is not None:
+        # It speaks of this role's images: the teacher's do not change with the number of the student's labels.
+        config["data"] = [of_data(), getattr(data, "batch_size", None)]
     content = {
-        "config": recipe.config,
-        "data": of_data() if of_data is not None else type(data).__qualname__,
+        "config": config,
         "code": _code_version(),
         "teacher": teacher.folder.fingerprint if teacher is not None and recipe.needs_teacher else None,
         "checkpoint": recipe.checkpoint and hashlib.sha256(recipe.checkpoint.read_bytes()).hexdigest(),
