@@ -24,7 +24,7 @@ from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 from kd_lightning.preflight import check_parts, dry_run, loader_batches
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher
-from kd_lightning.tracking.logger import check_writable
+from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
 
@@ -178,7 +178,9 @@ class Pipeline:
         for label, model in verdict.models.items():
             values = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
             values |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}
-            tracking.metrics(tracking.run_id, {f"final/{_safe(label)}/{key}": value for key, value in values.items()})
+            tracking.metrics(
+                tracking.run_id, {f"final/{safe_name(label)}/{key}": value for key, value in values.items()}
+            )
         tracking.metrics(
             tracking.run_id,
             {
@@ -216,8 +218,3 @@ def _speed(latency: Latency) -> dict[str, float | None]:
         "final/latency_ms_p95": latency.p95_ms,
         "final/throughput_per_s": latency.throughput_per_s,
     }
-
-
-def _safe(label: str) -> str:
-    """MLflow's metric names know no '='."""
-    return "".join(c if c.isalnum() or c in "_-. " else "-" for c in label)

@@ -1,6 +1,8 @@
 """Lightning's MLflow logger, on a local SQLite store unless told otherwise."""
 
 import os
+import re
+from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +52,23 @@ class MLFlowLogger(loggers.MLFlowLogger):
             artifact_location=artifact_location,
         )
         self.tracking_uri = uri
+
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:  # type: ignore[override]
+        """Log parameters, under names that MLflow takes."""
+        super().log_hyperparams(_with_safe_names(params))
+
+
+def safe_name(name: str) -> str:
+    """Replace what MLflow takes in no name, such as the '=' of a label ``T=4``."""
+    return re.sub(r"[^\w.\- :/]", "-", name, flags=re.ASCII)
+
+
+def _with_safe_names(params: Any) -> Any:
+    if isinstance(params, Namespace):
+        params = vars(params)
+    if not isinstance(params, Mapping):
+        return params
+    return {safe_name(str(key)): _with_safe_names(value) for key, value in params.items()}
 
 
 def sqlite_folder(uri: str) -> Path | None:
