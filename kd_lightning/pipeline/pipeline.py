@@ -150,9 +150,10 @@ class Pipeline:
             "final/train_seconds": result.train_seconds,
             "final/teacher_entropy": result.teacher_entropy,
         }
-        if teacher is not None:
-            values["final/agreement"] = float((result.predictions == teacher.result.predictions).mean())
-            values["final/retention"] = result.accuracy / max(teacher.result.accuracy, 1e-12)
+        reference = stage if recipe.role == "teacher" else teacher
+        if reference is not None:
+            values["final/agreement"] = float((result.predictions == reference.result.predictions).mean())
+            values["final/retention"] = result.accuracy / max(reference.result.accuracy, 1e-12)
         tracking.metrics(run_id, values)
         tracking.text(run_id, json.dumps(recipe.config, indent=2, default=str), "config.json")
         tracking.finish(run_id)
@@ -191,7 +192,6 @@ class Pipeline:
             },
         )
         tracking.artifact(tracking.run_id, path)
-        tracking.tag(tracking.run_id, "kd.verdict", verdict.sentence[:4000])
         tracking.tag(tracking.run_id, "mlflow.note.content", verdict.sentence)
         self.console.print()
         print_verdict(verdict, self.console)

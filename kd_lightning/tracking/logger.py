@@ -53,7 +53,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         )
         self.tracking_uri = uri
 
-    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:  # type: ignore[override]
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         """Log parameters, under names that MLflow takes."""
         super().log_hyperparams(_with_safe_names(params))
 
