@@ -17,7 +17,7 @@ from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run, training_batches
-from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
+from kd_lightning.resume import Resumption, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
@@ -72,7 +72,7 @@ class DistillationModule(LightningModule):
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self._built = False
-        self._resumed: Mapping[str, Any] | None = None
+        self._resumption = Resumption()
         self._accuracy, self._agreement, self._teacher_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self._teacher_accuracy_logged = False
         check_parts(self.teacher, self.objective)
@@ -120,16 +120,10 @@ class DistillationModule(LightningModule):
         self._place_teacher()
 
     def on_train_start(self) -> None:
-        if self._resumed is not None:
-            set_rng_states(self._resumed)
-            if not starts_with_an_epoch(self.trainer):
-                renew_iterator(self.trainer)
-                self._resumed = None
+        self._resumption.on_train_start(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        if self._resumed is not None:
-            renew_iterator(self.trainer)
-            self._resumed = None
+        self._resumption.on_train_epoch_start(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         args, kwargs, target = self.task.read(batch)
@@ -177,7 +171,7 @@ class DistillationModule(LightningModule):
             **{_STUDENT + name: value for name, value in checkpoint["state_dict"].items()},
             **{_OBJECTIVE + name: value for name, value in losses.items()},
         }
-        self._resumed = checkpoint.get("rng_states")
+        self._resumption.states = checkpoint.get("rng_states")
 
     def _build(self) -> None:
         if not self._built:

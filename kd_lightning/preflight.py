@@ -26,6 +26,7 @@ _SCAN = 100
 """Batches that are looked through for a labelled one, or for samples to judge the teacher on."""
 _TEACHER_SAMPLES = 256
 _TOO_FEW_TO_JUDGE = 100
+_END = object()
 
 
 def check_parts(teacher: Teacher | None, objective: DistillationObjective) -> None:
@@ -256,17 +257,24 @@ def training_batches(module: LightningModule, count: int = _SCAN) -> Iterator[An
     training uses.
     """
     trainer = module.trainer
-    # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
     with untouched_rng():
+        # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
         loader = trainer.fit_loop._data_source.dataloader()
-        for batch in loader_batches(loader, count):
-            yield _transferred(trainer, module, batch)
+    for batch in loader_batches(loader, count):
+        with untouched_rng():
+            transferred = _transferred(trainer, module, batch)
+        yield transferred
 
 
 def loader_batches(loader: Any, count: int = _SCAN) -> Iterator[Any]:
     """Yield up to ``count`` batches of a loader, likewise."""
-    with untouched_rng():
-        yield from islice(_iterate(loader), count)
+    batches = _iterate(loader)
+    for _ in range(count):
+        with untouched_rng():  # for each batch: between them it is the caller's draws that count
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield batch
 
 
 @contextmanager

@@ -20,7 +20,33 @@ def rng_states() -> dict[str, Any]:
     }
 
 
-def set_rng_states(states: Mapping[str, Any]) -> None:
+class Resumption:
+    """Puts the generators of a checkpoint back when the training that it belongs to goes on.
+
+    With several processes it does not: one state was saved, and they should not all draw the same numbers.
+
+    Attributes:
+        states: As :func:`rng_states` returned them; None where there is nothing to put back.
+    """
+
+    def __init__(self) -> None:
+        self.states: Mapping[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            self.states = None
+        if self.states is not None:
+            _set_rng_states(self.states)
+            if not _starts_with_an_epoch(trainer):
+                self.on_train_epoch_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        if self.states is not None:
+            _renew_iterator(trainer)
+            self.states = None
+
+
+def _set_rng_states(states: Mapping[str, Any]) -> None:
     """Put the generators where :func:`rng_states` found them."""
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
@@ -29,7 +55,7 @@ def set_rng_states(states: Mapping[str, Any]) -> None:
     np.random.set_state(states["numpy"])
 
 
-def renew_iterator(trainer: Trainer) -> None:
+def _renew_iterator(trainer: Trainer) -> None:
     """Start the training loader's iterator anew, where Lightning goes on with one from before the resume.
 
     Lightning starts an iterator at each epoch, but for the first epoch of a resumed training while it is set up: when
@@ -43,7 +69,7 @@ def renew_iterator(trainer: Trainer) -> None:
         iter(loop._data_fetcher)
 
 
-def starts_with_an_epoch(trainer: Trainer) -> bool:
+def _starts_with_an_epoch(trainer: Trainer) -> bool:
     """Tell whether ``on_train_epoch_start`` comes before the first batch of a resumed training.
 
     Lightning leaves it out after a checkpoint that was written when an epoch's last batch ended.

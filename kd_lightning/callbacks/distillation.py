@@ -25,7 +25,7 @@ from kd_lightning.preflight import (
     samples_needed,
     training_batches,
 )
-from kd_lightning.resume import renew_iterator, rng_states, set_rng_states, starts_with_an_epoch
+from kd_lightning.resume import Resumption, rng_states
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
@@ -101,7 +101,7 @@ class Distillation(Callback):
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
         self._teacher_accuracy_logged = False
-        self._resumed: dict[str, Any] | None = None
+        self._resumption = Resumption()
         check_parts(self.teacher, self.objective)
 
     # Before training, in the order of the calls.
@@ -135,7 +135,7 @@ class Distillation(Callback):
         if problem:
             raise ValueError(f"the checkpoint's losses are not those of this Distillation: {problem}")
         self.objective.load_state_dict(state_dict["losses"])
-        self._resumed = state_dict["rng_states"]
+        self._resumption.states = state_dict["rng_states"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._place_teacher(pl_module)
@@ -155,18 +155,10 @@ class Distillation(Callback):
         self._trial = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            self._resumed = None  # one state was saved, and the processes should not all draw the same numbers
-        if self._resumed is not None:
-            set_rng_states(self._resumed)
-            if not starts_with_an_epoch(trainer):
-                renew_iterator(trainer)
-                self._resumed = None
+        self._resumption.on_train_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed is not None:
-            renew_iterator(trainer)
-            self._resumed = None
+        self._resumption.on_train_epoch_start(trainer)
 
     # In training.
 
@@ -294,7 +286,7 @@ class Distillation(Callback):
         """Leave the module as it was."""
         self._evaluation.close()
         self._undo.close()
-        self._trial = self._pending = self._resumed = None
+        self._trial = self._pending = self._resumption.states = None
         self._seen = Seen()
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
