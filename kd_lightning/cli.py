@@ -29,6 +29,8 @@ from kd_lightning.tracking.logger import LOCAL_STORE
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _STAGES = ("teacher", *_STUDENTS, "verdict")
+_MISTAKES = (ValueError, TypeError, OSError, OmegaConfBaseException, InstantiationException)
+"""What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 
 def conf_dir() -> Path:
@@ -56,11 +58,14 @@ def _hydra_main(config: DictConfig) -> float | None:
     try:
         job = pipeline(config, _experiment())
         verdict = job.run()
-    except InstantiationException as error:  # names the target and the argument; the cause says what is wrong
-        where = str(error).splitlines()[0].removeprefix("Error in call to target ")
-        raise SystemExit(f"kd-lightning: {where.rstrip(':')}: {error.__cause__ or error}") from error
-    except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        raise SystemExit(f"kd-lightning: {error}") from error
+    except _MISTAKES as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        message = str(error)
+        if isinstance(error, InstantiationException):  # names the target; its cause says what is wrong
+            target = message.splitlines()[0].removeprefix("Error in call to target ").rstrip(":")
+            message = f"{target}: {error.__cause__ or message}"
+        raise SystemExit(f"kd-lightning: {message}") from error
     if verdict is None:
         return None
     if config.logger:
