@@ -47,7 +47,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
             experiment_name=experiment_name,
             run_name=run_name,
             tracking_uri=uri,
-            tags=dict(tags) if tags else None,
+            tags={key: str(value) for key, value in tags.items()} if tags else None,  # a server takes nothing else
             run_id=run_id,
             artifact_location=artifact_location,
         )

@@ -57,7 +57,7 @@ class Tracking:
         child = self._open(name, tags, run_id)
         assert child is not None
         for key, value in tags.items():  # an interrupted run may have had another parent
-            child.experiment.set_tag(child.run_id, key, value)
+            child.experiment.set_tag(child.run_id, key, str(value))
         self._log_config(child, config)
         return child
 
