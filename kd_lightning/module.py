@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
-from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run, training_batches
+from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
 from kd_lightning.resume import Resumption, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher

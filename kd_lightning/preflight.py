@@ -1,32 +1,27 @@
 """What can be known to be wrong before the first training step."""
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning.checkpoint import mismatch
+from kd_lightning.dry_forward import dry_forward
+from kd_lightning.lookahead import SCAN, training_batches
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import Outputs, nearest_layers, run
+from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 
-_SCAN = 100
-"""Batches that are looked through for a labelled one, or for samples to judge the teacher on."""
 _TEACHER_SAMPLES = 256
 _TOO_FEW_TO_JUDGE = 100
-_END = object()
 
 
 def check_parts(teacher: Teacher | None, objective: DistillationObjective) -> None:
@@ -87,7 +82,7 @@ def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: 
     """
     empty = True
     labels_needed = _need_labels(objective)
-    for raw in islice(batches, _SCAN):
+    for raw in islice(batches, SCAN):
         empty = False
         batch = task.read(raw)
         _check_finite(batch)
@@ -100,7 +95,7 @@ def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: 
                 "drop_last=True, or its folder wrong?"
             )
         raise ValueError(
-            f"losses {labels_needed} need labels, got none in the first {_SCAN} training batches (all -100, or no "
+            f"losses {labels_needed} need labels, got none in the first {SCAN} training batches (all -100, or no "
             "target): give the labels, or leave these losses out for unlabelled data"
         )
     size = _size(batch)
@@ -116,45 +111,6 @@ def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: 
 def samples_needed(objective: DistillationObjective) -> int:
     """Return how many samples the losses can be computed on, 2 at least."""
     return max(2, *(loss.min_batch_size for loss in objective.named_losses().values()))
-
-
-@torch.no_grad()
-def dry_forward(
-    role: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: Iterable[str]
-) -> Outputs:
-    """Run a network in eval mode, without a trace left in it.
-
-    Raises:
-        ValueError: For an unknown layer (nearest names and their output shapes are listed), or inputs that the network
-            cannot take.
-    """
-    known = dict(network.named_modules())
-    unknown = [name for name in layers if name not in known]
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with untouched_rng(), _uncompiled():
-            parameter = next(network.parameters(), None)
-            if parameter is not None:
-                args, kwargs = (_fit(x, parameter) for x in (args, kwargs))
-            try:
-                if unknown:
-                    raise unknown_layer(
-                        role, network, unknown[0], lambda: network(*args, **kwargs), len(args[0]) if args else "some"
-                    )
-                return run(network, args, kwargs, layers)
-            except (RuntimeError, TypeError, IndexError) as error:
-                if "layer '" in str(error):  # of the capture: names the layer and the remedy already
-                    raise ValueError(f"{role}: {error}") from error
-                shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-                raise ValueError(
-                    f"the {role} {type(network).__name__} cannot take a batch of shape {', '.join(map(str, shapes))}: "
-                    f"{str(error).splitlines()[0]}; expected inputs as the network was made for: check channels, image "
-                    "size and the data module"
-                ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def check_outputs(
@@ -226,7 +182,7 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
     """
     precision = module.trainer.precision_plugin
     correct = count = classes = 0
-    for raw in training_batches(module, _SCAN):
+    for raw in training_batches(module, SCAN):
         batch = task.read(precision.convert_input(move_data_to_device(raw, module.device)))
         if batch.target is None:
             return
@@ -248,93 +204,6 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
             f"expected well above {chance:.1%}: is the normalisation another than in its training, is the order of the "
             "classes, or were its weights never loaded? Pass check_teacher=False to train on it all the same"
         )
-
-
-def training_batches(module: LightningModule, count: int = _SCAN) -> Iterator[Any]:
-    """Yield up to ``count`` batches of the training loader, on CPU, as ``training_step`` would get them.
-
-    Runs in this process whatever the number of workers, and draws nothing from any random number generator that the
-    training uses.
-    """
-    trainer = module.trainer
-    with untouched_rng():
-        # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
-        loader = trainer.fit_loop._data_source.dataloader()
-    for batch in loader_batches(loader, count):
-        with untouched_rng():
-            transferred = _transferred(trainer, module, batch)
-        yield transferred
-
-
-def loader_batches(loader: Any, count: int = _SCAN) -> Iterator[Any]:
-    """Yield up to ``count`` batches of a loader, likewise."""
-    batches = _iterate(loader)
-    for _ in range(count):
-        with untouched_rng():  # for each batch: between them it is the caller's draws that count
-            batch = next(batches, _END)
-        if batch is _END:
-            return
-        yield batch
-
-
-@contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Put the random number generators back to where they were."""
-    error: BaseException | None = None
-    with isolate_rng():  # which does not when it is left by an exception, or by a generator that is not run to its end
-        try:
-            yield
-        except BaseException as caught:
-            error = caught
-    if error is not None:
-        raise error
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """Run compiled networks as they were written.
-
-    Compiled for a few samples first, they would be compiled again at the first step: for any number, and slower.
-    """
-    eager: AbstractContextManager[object] = nullcontext()
-    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
-        eager = torch.compiler.set_stance("force_eager")
-    return eager
-
-
-def _iterate(loader: Any) -> Iterator[Any]:
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        dataset, collate = loader.dataset, loader.collate_fn
-        if loader.batch_sampler is None:
-            for index in _unshared(loader.sampler):
-                yield collate(dataset[index])
-        else:
-            for indices in _unshared(loader.batch_sampler):
-                fetch = getattr(dataset, "__getitems__", None)
-                yield collate(fetch(indices) if fetch else [dataset[i] for i in indices])
-    elif isinstance(loader, DataLoader):
-        yield from _unshared(loader)
-    else:
-        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
-        for batch, _, _ in combined:
-            yield batch
-
-
-def _unshared(source: Any) -> Iterator[Any]:
-    """Iterate a sampler or a loader and put its generators back to where they were."""
-    owners = (source, getattr(source, "sampler", None))
-    states = [(g, g.get_state()) for g in (getattr(o, "generator", None) for o in owners) if g is not None]
-    try:
-        yield from source
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    for owner in (trainer.datamodule, module):  # type: ignore[attr-defined]
-        if owner is not None:
-            batch = owner.on_after_batch_transfer(owner.on_before_batch_transfer(batch, 0), 0)
-    return batch
 
 
 def _check_finite(batch: Batch) -> None:
@@ -376,37 +245,3 @@ def _map(function: Any, part: Any) -> Any:
 def _size(batch: Batch) -> int | None:
     tensors = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor) and x.ndim]
     return len(tensors[0]) if tensors else None
-
-
-def _fit(data: Any, parameter: Tensor) -> Any:
-    """Put data where a network is, floating-point inputs in its precision."""
-
-    def move(x: Tensor) -> Tensor:
-        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
-
-    return apply_to_collection(data, Tensor, move)
-
-
-def unknown_layer(
-    role: str, network: nn.Module, name: str, forward: Callable[[], object], samples: object = "some"
-) -> ValueError:
-    """Return the error for a layer that is not there: with the nearest names, and their shapes in ``forward()``."""
-    shapes: dict[str, str] = {}
-
-    def note(layer: str, output: Any) -> None:
-        shapes[layer] = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-
-    hooks = [
-        module.register_forward_hook(lambda _module, _input, output, layer=layer: note(layer, output))
-        for layer, module in network.named_modules()
-    ]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    nearest = ", ".join(f"{layer} {shapes.get(layer, '(did not run)')}" for layer in nearest_layers(network, name))
-    return ValueError(
-        f"the {role} {type(network).__name__} has no layer {name!r}, expected a name of named_modules(); nearest, with "
-        f"their outputs for {samples} samples: {nearest}"
-    )

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning.preflight import unknown_layer, untouched_rng
+from kd_lightning.dry_forward import unknown_layer
+from kd_lightning.lookahead import untouched_rng
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification
 

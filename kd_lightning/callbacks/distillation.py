@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import mismatch
+from kd_lightning.dry_forward import dry_forward
+from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import Outputs
@@ -20,10 +22,8 @@ from kd_lightning.preflight import (
     check_outputs,
     check_parts,
     check_teacher_accuracy,
-    dry_forward,
     first_batch,
     samples_needed,
-    training_batches,
 )
 from kd_lightning.resume import Resumption, rng_states
 from kd_lightning.tap import Seen, Tap

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
+from kd_lightning.lookahead import loader_batches
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
@@ -21,7 +22,7 @@ from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
-from kd_lightning.preflight import check_parts, dry_run, loader_batches
+from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.logger import check_writable, safe_name

@@ -1,0 +1,97 @@
+"""Run a network before the training, without a trace left in it."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from kd_lightning.lookahead import untouched_rng
+from kd_lightning.outputs import Outputs, nearest_layers, run
+
+
+@torch.no_grad()
+def dry_forward(
+    role: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: Iterable[str]
+) -> Outputs:
+    """Run a network in eval mode, without a trace left in it.
+
+    Raises:
+        ValueError: For an unknown layer (nearest names and their output shapes are listed), or inputs that the network
+            cannot take.
+    """
+    known = dict(network.named_modules())
+    unknown = [name for name in layers if name not in known]
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with untouched_rng(), _uncompiled():
+            parameter = next(network.parameters(), None)
+            if parameter is not None:
+                args, kwargs = (_fit(x, parameter) for x in (args, kwargs))
+            try:
+                if unknown:
+                    raise unknown_layer(
+                        role, network, unknown[0], lambda: network(*args, **kwargs), len(args[0]) if args else "some"
+                    )
+                return run(network, args, kwargs, layers)
+            except (RuntimeError, TypeError, IndexError) as error:
+                if "layer '" in str(error):  # of the capture: names the layer and the remedy already
+                    raise ValueError(f"{role}: {error}") from error
+                shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                raise ValueError(
+                    f"the {role} {type(network).__name__} cannot take a batch of shape {', '.join(map(str, shapes))}: "
+                    f"{str(error).splitlines()[0]}; expected inputs as the network was made for: check channels, image "
+                    "size and the data module"
+                ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run compiled networks as they were written.
+
+    Compiled for a few samples first, they would be compiled again at the first step: for any number, and slower.
+    """
+    eager: AbstractContextManager[object] = nullcontext()
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
+        eager = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def _fit(data: Any, parameter: Tensor) -> Any:
+    """Put data where a network is, floating-point inputs in its precision."""
+
+    def move(x: Tensor) -> Tensor:
+        return x.to(parameter.device, parameter.dtype if x.is_floating_point() else None)
+
+    return apply_to_collection(data, Tensor, move)
+
+
+def unknown_layer(
+    role: str, network: nn.Module, name: str, forward: Callable[[], object], samples: object = "some"
+) -> ValueError:
+    """Return the error for a layer that is not there: with the nearest names, and their shapes in ``forward()``."""
+    shapes: dict[str, str] = {}
+
+    def note(layer: str, output: Any) -> None:
+        shapes[layer] = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _input, output, layer=layer: note(layer, output))
+        for layer, module in network.named_modules()
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    nearest = ", ".join(f"{layer} {shapes.get(layer, '(did not run)')}" for layer in nearest_layers(network, name))
+    return ValueError(
+        f"the {role} {type(network).__name__} has no layer {name!r}, expected a name of named_modules(); nearest, with "
+        f"their outputs for {samples} samples: {nearest}"
+    )
