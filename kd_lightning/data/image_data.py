@@ -1,0 +1,110 @@
+"""What the data modules have in common."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from kd_lightning.data.loaders import in_order, shuffled
+
+ROLES = ("teacher", "student", "control", "distilled")
+
+
+class Subset(Protocol):
+    """A data set with what a fingerprint depends on."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any) -> Any: ...
+    def content(self) -> bytes: ...
+
+
+class ImageData(LightningDataModule):
+    """Subsets by name, read once; a subclass says how, and which one its role trains on.
+
+    Attributes:
+        num_classes: Of the targets.
+        class_names: By target.
+        input_shape: Of one image: (C, H, W).
+        mean: Of each channel, with pixels in [0, 1]; subtracted.
+        std: Likewise; divided by.
+    """
+
+    num_classes: int
+    class_names: Sequence[str]
+    input_shape: tuple[int, int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, role: str, seed: int) -> None:
+        super().__init__()
+        if role not in ROLES:
+            raise ValueError(f"expected role to be one of {', '.join(ROLES)}, got {role!r}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"expected {name} of 1 or more, got {value}")
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.role, self.seed = role, seed
+        self._subsets: Mapping[str, Any] = {}
+
+    def read(self) -> Mapping[str, Subset]:
+        """Return all subsets, ``validation`` and ``test`` among them."""
+        raise NotImplementedError
+
+    def training_set(self) -> Subset:
+        """Return what the role trains on."""
+        training: Subset = self.subset("train")
+        return training
+
+    def subset(self, name: str) -> Any:
+        """Return a subset of those that :attr:`counts` names."""
+        self.setup()
+        return self._subsets[name]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in each subset."""
+        self.setup()
+        return {name: len(subset) for name, subset in self._subsets.items()}
+
+    def setup(self, stage: str = "fit") -> None:
+        self._subsets = self._subsets or self.read()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        training: Any = self.training_set()
+        if not len(training):
+            raise ValueError(f"expected images for the role {self.role}, got none of {self.counts}: ask for some")
+        return shuffled(training, self.batch_size, self.seed, self.trainer, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return in_order(self.subset("validation"), self.eval_batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return in_order(self.subset("test"), self.eval_batch_size, self.num_workers)
+
+    def fingerprint(self) -> str:
+        """Hash the images, targets and kind of augmentation that this role's training, the validation and the test see.
+
+        Two modules with the same one give the same result under the same seed and batch size, whatever options they
+        were made with: the teacher's does not change with the student's number of labels.
+        """
+        digest = hashlib.sha256()
+        for subset in (self.training_set(), self.subset("validation"), self.subset("test")):
+            digest.update(f"{len(subset)} ".encode())
+            digest.update(subset.content())
+        return digest.hexdigest()
+
+
+def draw(pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str) -> list[NDArray[np.int64]]:
+    """Draw disjoint subsets at random; under the same seed, a larger first one holds the smaller one.
+
+    Raises:
+        ValueError: When the pool is too small.
+    """
+    if min(sizes) < 0 or sum(sizes) > len(pool):
+        raise ValueError(f"expected up to {len(pool)} images, got {' + '.join(map(str, sizes))}: {remedy}")
+    order = np.random.default_rng(seed).permutation(pool)
+    return np.split(order, np.cumsum(sizes))[: len(sizes)]

@@ -1,0 +1,85 @@
+"""Images that fit into memory: a batch is one indexing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from kd_lightning.data.loaders import View, mixed
+
+
+class CropAndFlip:
+    """Crop at a random place of the zero-padded image, and mirror every other one (He et al., 2016, section 4.2).
+
+    What happens to a sample is a function of (seed, epoch, sample): the same whatever the batch, the workers and the
+    processes are, and after a resume.
+    """
+
+    def __init__(self, samples: int, seed: int, padding: int = 4) -> None:
+        self.samples, self.seed, self.padding = samples, seed, padding
+        self._drawn: tuple[int, Tensor, Tensor] | None = None
+
+    def __call__(self, images: Tensor, samples: Sequence[int], epoch: int) -> Tensor:
+        if self._drawn is None or self._drawn[0] != epoch:
+            random = torch.Generator().manual_seed(mixed(self.seed, epoch))
+            corners = torch.randint(2 * self.padding + 1, (self.samples, 2), generator=random)
+            self._drawn = epoch, corners, torch.rand(self.samples, generator=random) < 0.5
+        _, corners, mirror = self._drawn
+        return crop_and_flip(images, self.padding, corners[samples], mirror[samples])
+
+
+def crop_and_flip(images: Tensor, padding: int, corners: Tensor, mirror: Tensor) -> Tensor:
+    """Cut the image's size out of the padded image, with the upper left corner at a row and a column of it.
+
+    Shape: images (B, C, H, W), corners (B, 2) in 0 to 2·padding, mirror (B,) of bool; to (B, C, H, W).
+    """
+    height, width = images.shape[-2:]
+    rows = corners[:, :1] + torch.arange(height)
+    columns = corners[:, 1:] + torch.arange(width)
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    batch = torch.arange(len(images))[:, None, None]
+    cut = pad(images, [padding] * 4)[batch, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
+    return cut.permute(0, 3, 1, 2).contiguous()
+
+
+class InMemory(Dataset[tuple[Tensor, Tensor]]):
+    """Images as bytes and their targets; a batch comes as float32, each channel with ``mean`` 0 and ``std`` 1.
+
+    Shape: images (N, C, H, W) of uint8, target (N,).
+    """
+
+    def __init__(
+        self,
+        images: NDArray[Any] | Tensor,
+        target: NDArray[Any] | Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: CropAndFlip | None = None,
+    ) -> None:
+        self.images, self.target = torch.as_tensor(images), torch.as_tensor(target).long()
+        self.mean, self.std = (255 * torch.tensor(value)[:, None, None] for value in (mean, std))
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
+        images, target = self.__getitems__([key])
+        return images[0], target[0]
+
+    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
+        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
+        samples = [key.sample if isinstance(key, View) else key for key in keys]
+        images = self.images[samples]
+        if self.augment is not None and isinstance(keys[0], View):
+            images = self.augment(images, samples, keys[0].epoch)
+        return (images - self.mean) / self.std, self.target[samples]
+
+    def content(self) -> bytes:
+        """Return all that a fingerprint depends on."""
+        augmented = b"" if self.augment is None else f"crop and flip, {self.augment.padding}".encode()
+        return self.images.numpy().tobytes() + self.target.numpy().tobytes() + augmented

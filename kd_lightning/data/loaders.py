@@ -1,0 +1,69 @@
+"""Training loaders whose order is a function of seed and epoch, and loaders that keep the data set's order."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+
+
+class View(NamedTuple):
+    """What a training loader asks its data set for: a sample, augmented as this epoch has it."""
+
+    sample: int
+    epoch: int
+
+
+def shuffled(
+    dataset: Dataset[Any], batch_size: int, seed: int, trainer: Trainer | None = None, num_workers: int = 0
+) -> DataLoader[Any]:
+    """Ask the data set for a :class:`View` of each sample once an epoch, in an order drawn from (seed, epoch).
+
+    So a resumed training sees what an uninterrupted one sees (with ``num_workers``, which begin before Lightning has
+    told them the epoch, thanks to :class:`~kd_lightning.resume.Resumption`). Lightning leaves the sampler in place
+    in a distributed training: each process gets its own share, of equal length, for which up to one sample a process
+    is seen twice. Nothing is drawn from the global random number generator.
+    """
+    world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+    # Mixed, as the sampler adds the epoch: otherwise epoch 1 of seed 0 would be epoch 0 of seed 1.
+    sampler = _Views(dataset, world, rank, seed=mixed(seed) % 2**32)
+    return _loader(dataset, sampler, batch_size, seed, num_workers)
+
+
+def in_order(dataset: Dataset[Any], batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
+    """Go through the data set once, in its order and without augmentation.
+
+    In a distributed training Lightning divides it among the processes and repeats samples until all have as many;
+    of 1,000 images and 2 processes none. Score it in one process for an exact figure.
+    """
+    sampler: SequentialSampler = SequentialSampler(dataset)  # type: ignore[arg-type]  # a Dataset need not have a length
+    return _loader(dataset, sampler, batch_size, 0, num_workers)
+
+
+def mixed(*numbers: int) -> int:
+    """Make one seed of several numbers; neighbours give unrelated ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class _Views(DistributedSampler[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (View(sample, self.epoch) for sample in super().__iter__())
+
+
+def _loader(dataset: Dataset[Any], sampler: Any, batch_size: int, seed: int, num_workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        collate_fn=_as_is if hasattr(dataset, "__getitems__") else None,
+        generator=torch.Generator().manual_seed(seed),  # the workers' seeds are drawn from the global one otherwise
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
