@@ -1,5 +1,6 @@
 """LightningDataModules that know which images are the teacher's and which the student's."""
 
+from kd_lightning.data.cifar import CIFAR10, CIFAR100
 from kd_lightning.data.fashion_mnist import FashionMNIST
 
-__all__ = ["FashionMNIST"]
+__all__ = ["CIFAR10", "CIFAR100", "FashionMNIST"]
