@@ -106,7 +106,12 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
 
     for name in dict.fromkeys(layers):
         if name not in found:
-            raise RuntimeError(f"layer {name!r} did not run in the forward pass: name a layer that the output needs")
+            compiled = any(module._compiled_call_impl is not None for module in network.modules())
+            stale = ", or, as the network is compiled, call torch.compiler.reset() after earlier calls of it"
+            raise RuntimeError(
+                f"layer {name!r} did not run in the forward pass: name a layer that the output needs"
+                f"{stale if compiled else ''}"
+            )
         if found[name]._version != versions[name]:
             raise RuntimeError(
                 f"the output of layer {name!r} was overwritten in place by a later layer (an in-place ReLU?): "

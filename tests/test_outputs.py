@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from kd_lightning.outputs import capture, find_layer, logits_of, nearest_layers, run
@@ -130,7 +131,7 @@ def test_a_compiled_network_gives_the_layers_of_each_call() -> None:
     eager, compiled, (x, _) = network().eval(), network().eval(), samples(8)
     compiled.compile(backend="aot_eager")
     for shift in (0.0, 1.0, 2.0):
-        assert torch.allclose(compiled(x + shift), eager(x + shift), atol=1e-6)
+        assert torch.allclose(run(compiled, (x + shift,), {}).logits, eager(x + shift), atol=1e-6)
         found, expected = (run(net, (x + shift,), {}, ["stem", "act"]) for net in (compiled, eager))
         # The compiler may fuse operations, and so round differently.
         torch.testing.assert_close(dict(found.features), dict(expected.features), rtol=1e-5, atol=1e-6)
@@ -139,3 +140,15 @@ def test_a_compiled_network_gives_the_layers_of_each_call() -> None:
     expected.features["act"].sum().backward()
     torch.testing.assert_close(compiled.stem.weight.grad, eager.stem.weight.grad, rtol=1e-5, atol=1e-6)
     assert hooks(compiled) == 0
+
+
+def test_a_network_compiled_and_called_by_somebody_else_tells_what_to_do() -> None:
+    """PyTorch's default is to leave out hooks that come after the first call; only calls through run() undo that."""
+    net, (x, _) = network().eval(), samples(8)
+    net.compile(backend="eager")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        net(x)
+    with pytest.raises(RuntimeError, match=r"layer 'stem' did not run.*call torch\.compiler\.reset\(\)"):
+        run(net, (x,), {}, ["stem"])
+    torch.compiler.reset()
+    assert torch.equal(run(net, (x,), {}, ["stem"]).features["stem"], net.stem(x))
