@@ -6,22 +6,30 @@ from torch import Tensor, nn
 class CNN64(nn.Module):
     """The default teacher: four 3×3 convolutions of 16, 32, 32 and 64 channels, and a hidden layer; 108 k parameters.
 
-    Shape: (B, in_channels, 28, 28) to (B, num_classes). Layers to tap: ``block1`` (B, 16, 28, 28), ``block2``
-        (B, 32, 14, 14), ``block3`` (B, 32, 7, 7), ``block4`` (B, 64, 3, 3), ``hidden`` (B, 128).
+    Args:
+        num_classes: Of the logits.
+        in_channels: Of the images.
+        dropout: Before and after the hidden layer; on 6,000 images worth about a point of accuracy.
+
+    Shape: (B, in_channels, 28, 28) to (B, num_classes). Layers to tap: ``block1`` (B, 16, 28, 28), ``block2`` and
+        ``block3`` (B, 32, 14, 14), ``block4`` (B, 64, 7, 7), ``hidden`` (B, 128).
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, dropout: float = 0.3) -> None:
         super().__init__()
         self.block1 = _block(in_channels, 16)
         self.block2 = nn.Sequential(nn.MaxPool2d(2), *_block(16, 32))
-        self.block3 = nn.Sequential(nn.MaxPool2d(2), *_block(32, 32))
+        self.block3 = _block(32, 32)
         self.block4 = nn.Sequential(nn.MaxPool2d(2), *_block(32, 64))
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(64 * 3 * 3, 128), nn.ReLU())
+        self.hidden = nn.Sequential(
+            nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(dropout), nn.Linear(64 * 3 * 3, 128), nn.ReLU()
+        )
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block4(self.block3(self.block2(self.block1(x))))
-        logits: Tensor = self.head(self.hidden(x))
+        logits: Tensor = self.head(self.dropout(self.hidden(x)))
         return logits
 
 

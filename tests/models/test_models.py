@@ -63,8 +63,8 @@ def test_a_batch_of_any_size_becomes_logits(name: str, num_classes: int):
             {
                 "block1": (16, 28, 28),
                 "block2": (32, 14, 14),
-                "block3": (32, 7, 7),
-                "block4": (64, 3, 3),
+                "block3": (32, 14, 14),
+                "block4": (64, 7, 7),
                 "hidden": (128,),
             },
         ),
