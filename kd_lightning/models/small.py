@@ -9,7 +9,7 @@ class CNN64(nn.Module):
     Args:
         num_classes: Of the logits.
         in_channels: Of the images.
-        dropout: Before and after the hidden layer; on 6,000 images worth about a point of accuracy.
+        dropout: Before and after the hidden layer; with 6,000 images it brought 0.5 to 0.9 points, in single runs.
 
     Shape: (B, in_channels, 28, 28) to (B, num_classes). Layers to tap: ``block1`` (B, 16, 28, 28), ``block2`` and
         ``block3`` (B, 32, 14, 14), ``block4`` (B, 64, 7, 7), ``hidden`` (B, 128).
