@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_RUN = ["teacher.trainer.max_epochs=1", "trainer.max_steps=4", "seeds=[0]"]
+TINY_RUN = ["teacher.trainer.max_steps=60", "trainer.max_steps=4", "seeds=[0]"]
 
 
 def _run(command: list[str | Path], cwd: Path) -> str:

@@ -1,0 +1,79 @@
+"""A training that is interrupted, whatever by, loses nothing that was said to be saved."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_lightning import load_student
+from tests.command import environment, kd_lightning
+from tests.pipeline.test_pipeline import runs
+
+ARGUMENTS = ["teacher.trainer.max_steps=60", "trainer.max_steps=1000", "seeds=[0]", "stages=[teacher,student]"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    kd_lightning(*ARGUMENTS, "logger=null", cwd=folder)
+    return weights(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("mlruns/stages/student-*/final.ckpt")
+    return load_student(file)
+
+
+def interrupt(folder: Path, number: signal.Signals) -> int:
+    """Start, and send a signal once the student's training has written its second checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kd_lightning", *ARGUMENTS],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    written: set[float] = set()
+    end = time.monotonic() + 200
+    while len(written) < 2:
+        assert time.monotonic() < end
+        assert process.poll() is None, "it ended before the signal"
+        for file in folder.glob("mlruns/stages/student-*/last.ckpt"):
+            written.add(file.stat().st_mtime_ns)
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_the_same_command_goes_on_and_gives_the_same_weights(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], number: signal.Signals, code: int
+) -> None:
+    assert interrupt(tmp_path, number) == code
+    assert not list(tmp_path.glob("mlruns/stages/student-*/final.ckpt"))
+    (last,) = tmp_path.glob("mlruns/stages/student-*/last.ckpt")
+    assert 0 < torch.load(last, weights_only=True)["global_step"] < 1000
+    printed = kd_lightning(*ARGUMENTS, cwd=tmp_path)
+    assert printed.count("reused") == 1
+    torch.testing.assert_close(weights(tmp_path), uninterrupted, rtol=0, atol=0)
+    _, parents, children = runs(tmp_path)  # gone on with in the runs that were begun
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert [run.info.run_name for run in children] == ["teacher-hard_label-s0", "student-hard_label-s0"]
+    assert {run.info.status for run in children} == {"FINISHED"}
+
+
+def test_a_torn_checkpoint_is_named_and_the_training_starts_again(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    interrupt(tmp_path, signal.SIGKILL)
+    (last,) = tmp_path.glob("mlruns/stages/student-*/last.ckpt")
+    last.write_bytes(last.read_bytes()[:500])
+    printed = kd_lightning(*ARGUMENTS, cwd=tmp_path)
+    assert "last.ckpt cannot be read as a checkpoint" in printed
+    torch.testing.assert_close(weights(tmp_path), uninterrupted, rtol=0, atol=0)

@@ -1,0 +1,46 @@
+"""What the README says, done."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+
+from kd_lightning.cli import conf_dir
+from tests.command import environment
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# my_losses.py" not in block]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("kd-lightning ") and "--" not in line
+]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_runs_as_written(block: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command: str) -> None:
+    overrides = [word for word in shlex.split(command)[1:] if word != "-m"]
+    overrides = [re.sub(r"=([\d.]+),[\d.,]+$", r"=\1", word) for word in overrides]  # one value of a sweep
+    overrides = [word for word in overrides if not word.startswith("hydra.searchpath")]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        assert hydra.compose("config", overrides=overrides).losses
+
+
+def test_the_loss_of_the_readme_is_the_one_that_is_tested() -> None:
+    from tests.test_cli import OWN_LOSS, OWN_YAML
+
+    assert OWN_LOSS.strip() in README
+    assert OWN_YAML.strip() in README

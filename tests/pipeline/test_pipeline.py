@@ -1,0 +1,198 @@
+"""Whole pipelines, small: what they leave, what they use again, and what they refuse."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from kd_lightning import load_student
+from kd_lightning.models import CNN8
+from tests.command import TINY, copied, kd_lightning
+
+MAIN = ("teacher-hard_label-s0", "student-hard_label-s0", "control-deit_hard-s0", "distilled-kd-T4-s0")
+
+
+def runs(folder: Path):
+    """Parents first, then children, in the order of their creation."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlruns/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "kd-lightning"]
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=500)
+    parents = [run for run in found if run.data.tags["kd.role"] == "pipeline"]
+    return client, parents, [run for run in found if run.data.tags["kd.role"] != "pipeline"]
+
+
+def weights(folder: Path) -> dict[str, float]:
+    """When each stage's weights were written."""
+    return {path.parent.name: path.stat().st_mtime for path in folder.glob("mlruns/stages/*/final.ckpt")}
+
+
+def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
+    client, (parent,), children = runs(finished[0])
+    assert tuple(run.info.run_name for run in children) == MAIN
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    for run in children:
+        assert run.data.tags["mlflow.parentRunId"] == run.data.tags["kd.pipeline"] == parent.info.run_id
+        assert run.data.tags["kd.seed"] == "0"
+        assert {"final/acc", "final/agreement", "final/retention", "final/params", "final/size_mb"} <= set(
+            run.data.metrics
+        )
+        assert {"final/latency_ms_p50", "final/throughput_per_s", "final/train_seconds"} <= set(run.data.metrics)
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "final.ckpt"}
+    distilled = children[-1]
+    assert distilled.data.tags["kd.role"] == "distilled"
+    assert distilled.data.tags["kd.method"] == "kd-T4"
+    assert distilled.data.params["losses/kd/temperature"] == "4.0"
+    logged = distilled.data.metrics
+    assert {"train/loss", "train/loss/kd", "train/loss/hard_label", "train/loss_weighted/kd"} <= set(logged)
+    assert logged["train/loss_weighted/kd"] == pytest.approx(0.9 * logged["train/loss/kd"], rel=1e-5)
+    assert logged["kd/temperature"] == 4.0
+    assert 0 < logged["kd/teacher_entropy"] < 1
+    assert parent.data.metrics["final/distilled/acc"] == pytest.approx(logged["final/acc"])
+    assert "verdict.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_the_verdict_is_printed_and_is_strict_json(finished) -> None:
+    folder, printed = finished
+    (file,) = folder.glob("mlruns/stages/pipeline-*/verdict.json")
+    verdict = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert set(verdict["models"]) == {"teacher", "student", "control", "distilled"}
+    assert isinstance(verdict["worth_it"], bool)
+    assert " ".join(verdict["sentence"].split()) in " ".join(printed.split())
+    assert "mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in printed
+    assert verdict["models"]["student"]["params"] == 6218
+
+
+def test_the_students_checkpoint_is_the_bare_networks(finished) -> None:
+    (file,) = finished[0].glob("mlruns/stages/distilled-*/final.ckpt")
+    CNN8().load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    CNN8().load_state_dict(load_student(file))
+
+
+def test_the_same_command_again_trains_nothing(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    before = weights(folder)
+    printed = kd_lightning(*TINY, cwd=folder)
+    assert printed.count("reused") == 4
+    assert weights(folder) == before
+    _, parents, children = runs(folder)
+    assert [run.info.run_name for run in children] == [*MAIN, *MAIN]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children[4:]} == {parents[1].info.run_id}
+    assert [run.data.tags["kd.reused_from"] for run in children[4:]] == [run.info.run_id for run in children[:4]]
+
+
+def test_what_has_changed_is_trained_and_nothing_else(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    printed = kd_lightning(*TINY, "losses.kd.temperature=2", cwd=folder)
+    assert printed.count("reused") == 3
+    assert "distilled-kd-T2-s0" in printed
+    printed = kd_lightning(*TINY, "data.labelled=200", "stages=[teacher,student]", cwd=folder)
+    assert printed.count("reused") == 1  # the teacher: its images are the same
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.npz", "final.ckpt"])
+def test_a_stage_with_a_torn_file_runs_again(finished, tmp_path: Path, name: str) -> None:
+    folder = copied(finished[0], tmp_path)
+    (file,) = folder.glob(f"mlruns/stages/student-*/{name}")
+    file.write_bytes(file.read_bytes()[:100])
+    printed = kd_lightning(*TINY, "stages=[teacher,student]", "logger=null", cwd=folder)
+    assert printed.count("reused") == 1
+    assert "is damaged" in printed
+
+
+def test_one_stage_alone_with_a_teacher_from_a_checkpoint(finished, tmp_path: Path) -> None:
+    (teacher,) = finished[0].glob("mlruns/stages/teacher-*/final.ckpt")
+    printed = kd_lightning(*TINY, "stages=[distilled]", f"teacher.checkpoint={teacher}", "logger=null", cwd=tmp_path)
+    assert "[1/2] teacher-checkpoint-s0" in printed
+    assert "[2/2] distilled-kd-T4-s0" in printed
+
+
+def test_a_sweep_trains_the_teacher_once(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    printed = kd_lightning("-m", *TINY, "losses.kd.temperature=4,8", "stages=[teacher,distilled]", cwd=folder)
+    assert printed.count("teacher-hard_label-s0: ") == 2
+    assert printed.count("reused") == 3  # the teacher twice, and T = 4
+    assert "distilled-kd-T8-s0" in printed
+
+
+def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    variants = "+variants={T4:{losses.kd.temperature:4.0},T9:{losses.kd.temperature:9.0}}"
+    printed = kd_lightning(*TINY, variants, cwd=folder)
+    assert "distilled T4" in printed
+    assert "distilled T9" in printed
+    assert "best on the validation images" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["losses.kd.temperature=-1"], "KD.*expected temperature > 0, got -1"),
+        (["losses.hard_label.weight=-0.5"], "expected weight >= 0, got -0.5"),
+        (
+            ["losses=[kd,hint]", "losses.hint.student_layer=blok3", "losses.hint.teacher_layer=block4"],
+            r"student CNN8 has no layer 'blok3'.*block3 \(2, 16, 4, 4\)",
+        ),
+        (["student.network.num_classes=7"], "student has 7 classes and the teacher 10"),
+        (
+            ["student.network.num_classes=7", "teacher.network.num_classes=7"],
+            "label . is out of range, expected 0 to 6",
+        ),
+        (["models@student.network=resnet8x4"], r"cannot take a batch of shape \(2, 1, 28, 28\)"),
+        (["stages=[distilled]"], "needs a teacher: add teacher to the stages"),
+        (["stages=[teacher,destilled]"], "expected stages among .* got .*destilled"),
+        (["teacher.checkpoint=nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
+        (["data.labelled=7000"], "expected up to 6000 images, got 7000"),
+        (["+variants={a:{losses.kd.temprature:3}}"], "variant 'a' sets losses.kd.temprature"),
+        (["callbacks=[temperature_schedule]", "losses=[hard_label]"], "no loss has a temperature to schedule"),
+    ],
+)
+def test_a_mistake_is_an_error_before_anything_is_trained(tmp_path: Path, arguments: list[str], message: str) -> None:
+    printed = kd_lightning(*TINY, "logger=null", *arguments, cwd=tmp_path, code=1)
+    assert re.search(message, " ".join(printed.split())), printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.glob("mlruns/stages/*/final.ckpt"))
+
+
+def test_a_checkpoint_of_another_network_is_refused(finished, tmp_path: Path) -> None:
+    (student,) = finished[0].glob("mlruns/stages/student-*/final.ckpt")
+    printed = kd_lightning(*TINY, f"teacher.checkpoint={student}", "logger=null", cwd=tmp_path, code=1)
+    assert "does not fit CNN64" in printed
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "mlruns").write_text("a file is in the way")
+    printed = kd_lightning(*TINY, cwd=tmp_path, code=1)
+    assert "cannot write" in printed
+    assert os.listdir(tmp_path) == ["mlruns"]
+
+
+def test_composed_losses_schedules_and_unlabelled_images(tmp_path: Path) -> None:
+    arguments = ["losses=[hard_label,kd,hint]", "losses.hint.student_layer=block3", "losses.hint.teacher_layer=block4"]
+    arguments += ["callbacks=[temperature_schedule]", "data.unlabelled=200", "trainer.accumulate_grad_batches=2"]
+    kd_lightning(*TINY, *arguments, "stages=[teacher,distilled]", cwd=tmp_path)
+    client, _, (_, distilled) = runs(tmp_path)
+    history = client.get_metric_history(distilled.info.run_id, "kd/temperature")
+    steps = {point.step: point.value for point in history}
+    assert len(steps) > 3
+    # 12 optimizer steps of two batches each: T goes from 8 to 1 with the optimizer's steps.
+    assert all(value in {pytest.approx(8 - 7 * k / 12) for k in range(12)} for value in steps.values())
+    assert list(steps.values()) == sorted(steps.values(), reverse=True)
+    assert {"train/loss/hint", "train/loss/kd", "train/loss/hard_label"} <= set(distilled.data.metrics)
+
+
+def test_two_processes_make_one_result(tmp_path: Path) -> None:
+    printed = kd_lightning(*TINY, "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", cwd=tmp_path)
+    assert printed.count("distilled-kd-T4-s0: ") == 1
+    _, parents, children = runs(tmp_path)
+    assert len(parents) == 1
+    assert tuple(run.info.run_name for run in children) == MAIN
+
+
+def test_bf16_mixed(tmp_path: Path) -> None:
+    # bfloat16 on a CPU without the instructions is very slow: two steps, and the teacher without.
+    arguments = ["trainer.precision=bf16-mixed", "+teacher.trainer.precision=32-true", "trainer.max_steps=2"]
+    kd_lightning(*TINY, *arguments, "logger=null", "stages=[teacher,distilled]", cwd=tmp_path)

@@ -1,0 +1,73 @@
+"""Every configuration can be used."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from kd_lightning.cli import conf_dir
+from tests.command import kd_lightning
+
+CONF = conf_dir()
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
+EXPERIMENTS = [name.removeprefix("experiment/") for name in FILES if name.startswith("experiment/")]
+PARTS = [name for name in FILES if "/" in name and not name.startswith("experiment/")]
+MISSING = {"losses/hint": {"student_layer": "a", "teacher_layer": "b"}, "data/image_folder": {"folder": "images"}}
+
+
+def load(name: str):
+    config = OmegaConf.load(CONF / f"{name}.yaml")
+    nested = len(config) == 1 and "_target_" not in config
+    part = next(iter(config.values())) if nested else config
+    for key, value in MISSING.get(name, {}).items():
+        part[key] = value
+    # A scheduler takes its learning rate from the optimizer beside it.
+    return OmegaConf.create({"optimizer": {"lr": 0.1}, "part": part}).part
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_can_be_made(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name == "data/image_folder":
+        pytest.importorskip("torchvision")
+    made = instantiate(load(name))
+    group = name.split("/")[0]
+    if group in ("optimizer", "scheduler"):
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        optimizer = made(parameters) if group == "optimizer" else torch.optim.SGD(parameters, lr=0.1)
+        if group == "scheduler":
+            length = {"one_cycle": {"total_steps": 10}, "cosine": {"T_max": 10}}.get(name.split("/")[1], {})
+            made(optimizer, **length)
+    else:
+        assert made is not None
+
+
+def test_a_loss_nests_under_its_own_name_and_folders_mirror_the_package() -> None:
+    for name in PARTS:
+        group, _, own = name.partition("/")
+        if group in ("losses", "callbacks"):
+            assert list(OmegaConf.load(CONF / f"{name}.yaml")) == [own]
+    package = {path.name for path in (Path(hydra.__file__).parent.parent / "kd_lightning").glob("*")}
+    package |= {path.name for path in (Path(__file__).parents[1] / "kd_lightning").iterdir() if path.is_dir()}
+    ours = {path.name for path in CONF.iterdir() if path.is_dir()} - {"optimizer", "scheduler", "trainer", "experiment"}
+    assert ours <= package
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("fashion_mnist/")])
+def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
+    arguments = [f"experiment={name}", "logger=null", "seeds=[0]", "trainer.max_steps=2"]
+    printed = kd_lightning(*arguments, "teacher.trainer.max_steps=60", cwd=tmp_path)
+    assert "test acc. %" in printed
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("fashion_mnist/")])
+def test_an_experiment_on_other_images_composes_with_parts_that_fit(name: str) -> None:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("config", overrides=[f"experiment={name}"])
+    data = instantiate(config.data)
+    for role in ("teacher", "student"):
+        network = instantiate(config[role].network)
+        assert network(torch.zeros(2, *data.input_shape)).shape == (2, data.num_classes)
