@@ -18,7 +18,7 @@ from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
-from kd_lightning.resume import Resumption, rng_states
+from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
@@ -165,6 +165,8 @@ class DistillationModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint["state_dict"], self.student)
+        if self._trainer is not None:
+            begin_with_next_epoch(self.trainer, checkpoint)
         losses = checkpoint.pop("losses", {})
         if not self._built:  # loaded outside a Trainer: the projectors' shapes are not known, nor are they needed
             losses = {name: value for name, value in losses.items() if name in self.objective.state_dict()}

@@ -46,6 +46,34 @@ class Resumption:
             self.states = None
 
 
+def begin_with_next_epoch(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Make a checkpoint that was written when an epoch had ended one of the next epoch's beginning.
+
+    Where ``max_steps`` is given, Lightning (2.6) takes such an epoch for one that goes on: it gives a single batch of
+    the next two epochs, and leaves out the rest. With ``max_epochs`` alone it does not, and nothing is done.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if trainer.max_steps == -1 or loops is None:
+        return
+    epochs = loops["epoch_progress"]
+    if epochs["current"]["started"] != epochs["current"]["processed"]:
+        return  # within an epoch
+    for count in (epochs["total"], epochs["current"]):
+        count["ready"], count["completed"] = count["processed"] + 1, count["processed"]
+    batches = loops["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    of_this_epoch = [
+        batches["current"],
+        loops["epoch_loop.scheduler_progress"]["current"],
+        optimizer["step"]["current"],
+        optimizer["zero_grad"]["current"],
+        loops["epoch_loop.val_loop.batch_progress"]["total"],
+    ]
+    for count in of_this_epoch:
+        count.update(dict.fromkeys(count, 0))
+
+
 def _set_rng_states(states: Mapping[str, Any]) -> None:
     """Put the generators where :func:`rng_states` found them."""
     torch.set_rng_state(states["torch"])

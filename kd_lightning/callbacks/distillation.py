@@ -25,7 +25,7 @@ from kd_lightning.preflight import (
     first_batch,
     samples_needed,
 )
-from kd_lightning.resume import Resumption, rng_states
+from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
@@ -127,6 +127,9 @@ class Distillation(Callback):
         own = vars(pl_module).get("training_step")
         self._undo.callback(_restore_step, pl_module, own)
         pl_module.training_step = self._around(pl_module, pl_module.training_step)  # type: ignore[method-assign]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        begin_with_next_epoch(trainer, checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._trial is None:
