@@ -121,10 +121,17 @@ def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Re
     own["network"] = config["student"]["network"]
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
         own |= {"losses": config[role]["losses"], "callbacks": {}}
-    return _recipe(own, role, label, seed)
+    return _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
 
 
-def _recipe(own: Mapping[str, Any], role: Role, label: str, seed: int, checkpoint: Path | None = None) -> Recipe:
+def _recipe(
+    own: Mapping[str, Any],
+    role: Role,
+    label: str,
+    seed: int,
+    checkpoint: Path | None = None,
+    check_teacher: bool = True,
+) -> Recipe:
     def make(part: str) -> Any:
         return instantiate(own[part], _convert_="all")
 
@@ -148,6 +155,7 @@ def _recipe(own: Mapping[str, Any], role: Role, label: str, seed: int, checkpoin
         optimizer=make("optimizer"),
         scheduler=make("scheduler") if own["scheduler"] else None,
         checkpoint=checkpoint,
+        check_teacher=check_teacher,
     )
 
 

@@ -202,7 +202,8 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
         raise ValueError(
             f"the teacher is at chance on this loader: {accuracy:.1%} on {count} samples of {classes} classes, "
             f"expected well above {chance:.1%}: is the normalisation another than in its training, is the order of the "
-            "classes, or were its weights never loaded? Pass check_teacher=False to train on it all the same"
+            "classes, or were its weights never loaded? check_teacher=False (teacher.check=false on the command "
+            "line) trains on it all the same"
         )
 
 

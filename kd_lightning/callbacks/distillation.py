@@ -18,6 +18,7 @@ from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import Outputs
 from kd_lightning.preflight import (
+    check_labels,
     check_logits,
     check_outputs,
     check_parts,
@@ -294,7 +295,7 @@ class Distillation(Callback):
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
-        raw, _ = first_batch(training_batches(module), self.objective, self._task)
+        raw, first = first_batch(training_batches(module), self.objective, self._task)
         batch = few(raw, samples_needed(self.objective))
         try:
             seen = trial.run(batch, self.objective.student_layers)
@@ -308,6 +309,8 @@ class Distillation(Callback):
         teacher = dry_forward("teacher", self.teacher.network, args, kwargs, self.objective.teacher_layers)
         student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()})
         check_outputs(self.objective, student, teacher, self._task.target(batch), self._task)
+        if first.target is not None:
+            check_labels(first.target, student.logits.shape[-1], self._task)
 
     def _teacher_arguments(self, batch: Any, seen: Seen) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return seen.inputs[0] if self._tap.inputs else self._task.arguments(batch)

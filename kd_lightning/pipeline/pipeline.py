@@ -204,7 +204,7 @@ class Pipeline:
 
 def _summary(stage: Finished) -> str:
     result = stage.result
-    how = "reused, nothing it depends on has changed" if stage.reused else f"{result.train_seconds:.1f} s of training"
+    how = "reused, as nothing has changed" if stage.reused else f"{result.train_seconds:.1f} s of training"
     return f"{100 * result.val_accuracy:.1f} % of the validation images right ({how})"
 
 

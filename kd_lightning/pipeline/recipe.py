@@ -30,6 +30,7 @@ class Recipe:
         scheduler: Likewise.
         callbacks: Makes further callbacks.
         checkpoint: Finished weights: nothing is trained, the network is only tested.
+        check_teacher: Refuse a teacher at chance.
     """
 
     role: Role
@@ -45,6 +46,7 @@ class Recipe:
     scheduler: Callable[..., Any] | None = None
     callbacks: Callable[[], list[Callback]] = list
     checkpoint: Path | None = None
+    check_teacher: bool = True
 
     @property
     def name(self) -> str:

@@ -56,6 +56,7 @@ def train(
         recipe.losses(),
         recipe.optimizer,
         recipe.scheduler,
+        check_teacher=recipe.check_teacher,
     )
     trainer = recipe.trainer(
         callbacks=[*recipe.callbacks(), *callbacks, timer, checkpoints],
