@@ -243,9 +243,8 @@ def run(kind: str, folder: Path, optimizer=sgd, every: int = 1, resume: Path | N
         HyperparameterSchedule("losses.hint.weight", warmup(0.5, duration=0.4)),
         *options.pop("callbacks", []),
     ]
-    fit = trainer(
-        max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=True, accumulate_grad_batches=every, **options
-    )
+    options = {"max_epochs": EPOCHS, **options}
+    fit = trainer(callbacks=callbacks, enable_checkpointing=True, accumulate_grad_batches=every, **options)
     val = loader(20, seed=4) if options.get("limit_val_batches", 1.0) else None
     fit.fit(module, shuffled(kind), val, ckpt_path=resume, weights_only=True if resume else None)
     return module, fit
@@ -282,6 +281,11 @@ def assert_resumes_exactly(kind: str, folder: Path, **options) -> None:
 @pytest.mark.parametrize("save", [AFTER_THE_EPOCH, AFTER_THE_VALIDATION, AFTER_THE_LAST_BATCH])
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, kind: str, save: dict) -> None:
     assert_resumes_exactly(kind, tmp_path, save=save)
+
+
+@pytest.mark.parametrize("save", [AFTER_THE_EPOCH, AFTER_THE_VALIDATION, AFTER_THE_LAST_BATCH])
+def test_so_it_is_when_its_length_is_given_in_steps(tmp_path, save: dict) -> None:
+    assert_resumes_exactly("sampler", tmp_path, save=save, max_epochs=-1, max_steps=6 * EPOCHS)
 
 
 @pytest.mark.parametrize("kind", ["sampler", "shuffle"])
