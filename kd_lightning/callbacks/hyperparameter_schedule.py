@@ -37,6 +37,10 @@ class HyperparameterSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_length_is_known(trainer)
+        self.check(pl_module)
+
+    def check(self, pl_module: LightningModule) -> None:
+        """Raise ValueError when the path does not lead to a number."""
         try:
             value = getattr(self._find_owner(pl_module), self._name)
         except AttributeError as error:
@@ -83,6 +87,10 @@ class TemperatureSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_length_is_known(trainer)
+        self.check(pl_module)
+
+    def check(self, pl_module: LightningModule) -> None:
+        """Raise ValueError when no such loss is there."""
         objective = find_objective(pl_module)
         found = objective.temperatures() if objective is not None else {}
         if self.loss is not None and self.loss not in found:

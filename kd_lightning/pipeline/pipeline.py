@@ -11,8 +11,9 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
+from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.lookahead import loader_batches
-from kd_lightning.objective import DistillationObjective
+from kd_lightning.module import DistillationModule
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.progress import StageProgress
@@ -22,7 +23,7 @@ from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
-from kd_lightning.preflight import check_parts, dry_run
+from kd_lightning.preflight import dry_run
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.logger import check_writable, safe_name
@@ -98,11 +99,13 @@ class Pipeline:
             data = recipe.data(role=recipe.role, seed=recipe.seed)
             data.prepare_data()
             data.setup("fit")
-            recipe.callbacks()
             teacher = Teacher(self.teacher.network()) if self.teacher is not None and recipe.needs_teacher else None
-            objective = DistillationObjective(recipe.losses())
-            check_parts(teacher, objective)
-            dry_run(loader_batches(data.train_dataloader()), recipe.network(), teacher, objective, Classification())
+            module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
+            batches = loader_batches(data.train_dataloader())
+            dry_run(batches, module.student, module.teacher, module.objective, module.task)
+            for callback in recipe.callbacks():
+                if isinstance(callback, HyperparameterSchedule | TemperatureSchedule):
+                    callback.check(module)
 
     def _recipes(self) -> list[Recipe]:
         return [*([self.teacher] if self.teacher is not None else []), *self.students]
