@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -92,3 +93,20 @@ def test_the_argument_goes_before_the_environment_before_the_working_directory(
     assert [path.name for path in tmp_path.iterdir()] == (
         [expected.split("/")[3]] if expected.startswith("sqlite") else []
     )
+
+
+def test_labels_as_users_write_them_are_logged_under_names_that_mlflow_takes(finished, tmp_path: Path) -> None:
+    shutil.copytree(finished[0] / "mlruns", tmp_path / "mlruns")  # a store that is migrated already
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db", run_name="names")
+    logger.log_hyperparams({"variants": {"T=4": {"losses.kd.temperature": 4.0}}})
+    params = logger.experiment.get_run(logger.run_id).data.params
+    assert params == {"variants/T-4/losses.kd.temperature": "4.0"}
+
+
+def test_tags_are_text_as_a_server_takes_nothing_else(tmp_path: Path) -> None:
+    from mlflow.entities import RunTag
+
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", tags={"kd.seed": 0, "kd.role": "teacher"})
+    for key, value in (logger.tags or {}).items():
+        RunTag(key, value).to_proto()  # what a request to a server is made of
+    assert logger.tags == {"kd.seed": "0", "kd.role": "teacher"}
