@@ -25,7 +25,7 @@ from rich.console import Console
 
 from kd_lightning.pipeline import Pipeline, Recipe
 from kd_lightning.pipeline.results import Role
-from kd_lightning.tracking.logger import LOCAL_STORE
+from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _STAGES = ("teacher", *_STUDENTS, "verdict")
@@ -197,7 +197,7 @@ def _experiment() -> str | None:
 
 
 def _say_where(console: Console, tracking_uri: str | None) -> None:
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+    uri = store_uri(tracking_uri)
     console.print()
     if uri.startswith(("http:", "https:")):
         console.print(f"Every run: {uri}", highlight=False)

@@ -94,7 +94,7 @@ class Finished:
 
     recipe: Recipe
     result: Result
-    folder: "StageFolder"
+    folder: StageFolder
     reused: bool
 
     def network(self) -> nn.Module:

@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,10 +39,10 @@ class MLFlowLogger(loggers.MLFlowLogger):
         run_id: str | None = None,
         artifact_location: str | None = None,
     ) -> None:
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
+        uri = store_uri(tracking_uri)
         folder = sqlite_folder(uri)
         if folder is not None:
-            check_writable(folder)
+            _check_writable_once(folder.absolute())
             artifact_location = artifact_location or (folder / "artifacts").absolute().as_uri()
         super().__init__(
             experiment_name=experiment_name,
@@ -56,6 +57,11 @@ class MLFlowLogger(loggers.MLFlowLogger):
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
         """Log parameters, under names that MLflow takes."""
         super().log_hyperparams(_with_safe_names(params))
+
+
+def store_uri(tracking_uri: str | None = None) -> str:
+    """Return where runs go: the argument, the environment's ``MLFLOW_TRACKING_URI``, or the local store."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
 
 
 def safe_name(name: str) -> str:
@@ -100,3 +106,9 @@ def check_writable(folder: Path, megabytes: int = 64) -> None:
     finally:
         with suppress(OSError):  # the folder's own error tells more
             probe.unlink()
+
+
+@cache
+def _check_writable_once(folder: Path) -> None:
+    """Check a folder for the first of a process's loggers: a pipeline makes one for each stage and seed."""
+    check_writable(folder)

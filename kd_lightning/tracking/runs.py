@@ -43,10 +43,6 @@ class Tracking:
         """The parent's id."""
         return self._parent.run_id if self._parent else None
 
-    @property
-    def uri(self) -> str | None:
-        return self._parent.tracking_uri if self._parent else None
-
     def logger(
         self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], run_id: str | None = None
     ) -> MLFlowLogger | None:
