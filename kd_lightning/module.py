@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -16,7 +15,7 @@ from torchmetrics import MeanMetric
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import run
+from kd_lightning.outputs import classes_last, run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
@@ -127,12 +126,12 @@ class DistillationModule(LightningModule):
         self._resumption.on_train_epoch_start(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        args, kwargs, target = self.task.read(batch)
+        args, kwargs, target, samples = self.task.read(batch)
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:
             teacher = self.teacher(args, kwargs, self.objective.teacher_layers)
-        student = run(self.student, args, kwargs, self.objective.student_layers)
+        student = run(self.student, args, kwargs, self.objective.student_layers)._replace(samples=samples)
         total: Tensor
         total, terms = self.objective(student, teacher, target)
         if logs_this_step(self.trainer):
@@ -147,7 +146,7 @@ class DistillationModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the student's logits."""
-        args, kwargs, _ = self.task.read(batch)
+        args, kwargs, *_ = self.task.read(batch)
         return run(self.student, args, kwargs).logits
 
     def on_validation_epoch_end(self) -> None:
@@ -187,7 +186,7 @@ class DistillationModule(LightningModule):
             self.teacher.to(self.device, floating[0] if floating else None)
 
     def _score(self, batch: Batch, prefix: str) -> None:
-        args, kwargs, target = batch
+        args, kwargs, target, _ = batch
         student = run(self.student, args, kwargs)
         if target is not None:
             self._accuracy.update(self.task.correct(student.logits, target).float())
@@ -195,7 +194,10 @@ class DistillationModule(LightningModule):
         if self.teacher is None:
             return
         teacher = self.teacher(args, kwargs)
-        self._agreement.update(torch.eq(student.logits.argmax(-1), teacher.logits.argmax(-1)).float())
+        if student.logits.shape != teacher.logits.shape:
+            return  # other classes, or another vocabulary: there is nothing to agree on
+        same = classes_last(student.logits).argmax(-1) == classes_last(teacher.logits).argmax(-1)
+        self._agreement.update(same.float())
         self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)
         if prefix == "val" and not self._teacher_accuracy_logged and target is not None:
             self._teacher_accuracy.update(self.task.correct(teacher.logits, target).float())

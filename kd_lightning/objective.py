@@ -1,12 +1,14 @@
 """The one place where a distillation loss is computed, whichever front door it came through."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.losses.gather import all_gather, gather_outputs, world_size
 from kd_lightning.outputs import Outputs
 
 
@@ -57,17 +59,30 @@ class DistillationObjective(nn.Module):
     def needs_teacher(self) -> bool:
         return any(loss.needs_teacher for loss in self.named_losses().values())
 
+    @property
+    def changes_student(self) -> bool:
+        return any(loss.changes_student for loss in self.named_losses().values())
+
     def temperatures(self) -> dict[str, float]:
         """Return the current temperature of each loss that has one."""
         found = {name: getattr(loss, "temperature", None) for name, loss in self.named_losses().items()}
         return {name: float(value) for name, value in found.items() if value is not None}
 
-    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+    def build(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        student_network: nn.Module | None = None,
+        teacher_network: nn.Module | None = None,
+    ) -> None:
         """Create the losses' parameters from the outputs of a dry forward pass; once, a second fit trains them on."""
         if self._built:
             return
-        for loss in self.named_losses().values():
-            loss.build(student, teacher)
+        for name, loss in self.named_losses().items():
+            with _errors_name(name, loss):
+                loss.build(student, teacher)
+                if student_network is not None:
+                    loss.attach(student_network, teacher_network)
         self._built = True
 
     def forward(
@@ -80,14 +95,44 @@ class DistillationObjective(nn.Module):
             teacher = _in_full_precision(teacher) if teacher is not None else student
             terms = {}
             for name, loss in self.named_losses().items():
-                raw = loss(student, teacher, target)
+                with _errors_name(name, loss):
+                    raw = loss(*_batch_of(loss, student, teacher, target))
                 terms[name] = Term(raw, loss.weight * raw)
             total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
             return total, terms
 
 
+@contextmanager
+def _errors_name(name: str, loss: DistillationLoss) -> Iterator[None]:
+    """Say in an error which loss it is about, and which layers that reads."""
+    try:
+        yield
+    except ValueError as error:
+        layers = [
+            f"{side} {', '.join(map(repr, names))}"
+            for side, names in (("student", loss.student_layers), ("teacher", loss.teacher_layers))
+            if names
+        ]
+        where = f" ({'; '.join(layers)})" if layers else ""
+        raise ValueError(f"loss {name!r}{where}: {error}") from error
+
+
+def _batch_of(
+    loss: DistillationLoss, student: Outputs, teacher: Outputs, target: Tensor | None
+) -> tuple[Outputs, Outputs, Tensor | None]:
+    """Return what a loss is computed on: this process's samples, or those of all."""
+    if not loss.gather or world_size() == 1:
+        return student, teacher, target
+    return (
+        gather_outputs(student, loss.student_layers),
+        gather_outputs(teacher, loss.teacher_layers),
+        None if target is None else all_gather(target),
+    )
+
+
 def _in_full_precision(outputs: Outputs) -> Outputs:
-    return Outputs(_up(outputs.logits), {name: _up(feature) for name, feature in outputs.features.items()})
+    features = {name: _up(feature) for name, feature in outputs.features.items()}
+    return outputs._replace(logits=_up(outputs.logits), features=features)
 
 
 def _up(x: Tensor) -> Tensor:

@@ -10,16 +10,40 @@ import torch
 from torch import Tensor, nn
 
 
+class Samples(NamedTuple):
+    """Which samples of a data set a batch holds.
+
+    Attributes:
+        ids: int64 (B,), from 0 to total − 1.
+        total: How many samples the data set has.
+    """
+
+    ids: Tensor
+    total: int
+
+
 class Outputs(NamedTuple):
     """What a network gave for one batch.
 
     Attributes:
-        logits: (B, C), or (B, S, V) for language models.
+        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel.
         features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
+        samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = {}
+    samples: Samples | None = None
+
+
+def class_dim(logits: Tensor) -> int:
+    """Return the dimension of the classes: 1 for dense logits (B, C, H, W), else the last."""
+    return 1 if logits.ndim > 3 else -1
+
+
+def classes_last(logits: Tensor) -> Tensor:
+    """Return logits with the classes in the last dimension."""
+    return logits.movedim(class_dim(logits), -1)
 
 
 def run(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], layers: Iterable[str] = ()) -> Outputs:

@@ -16,7 +16,7 @@ from kd_lightning.checkpoint import mismatch
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import SCAN, training_batches
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, class_dim, classes_last
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 
@@ -61,14 +61,20 @@ def dry_run(
     """
     _, batch = first_batch(batches, objective, task)
     few = _take(_labelled_first(batch, task), samples_needed(objective), _size(batch))
-    args, kwargs, target = few
-    student_outputs = dry_forward("student", student, args, kwargs, objective.student_layers)
-    teacher_outputs = None
+    args, kwargs, target, samples = few
+
+    def student_outputs() -> Outputs:
+        return dry_forward("student", student, args, kwargs, objective.student_layers)._replace(samples=samples)
+
+    first, teacher_outputs = student_outputs(), None
     if teacher is not None:
         teacher_outputs = dry_forward("teacher", teacher.network, args, kwargs, objective.teacher_layers)
-    check_outputs(objective, student_outputs, teacher_outputs, target, task)
+    check_outputs(objective, first, teacher_outputs, target, task)
+    objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
+    built = student_outputs() if objective.changes_student else first
+    compute_once(objective, built, teacher_outputs, target)
     if batch.target is not None:
-        check_labels(batch.target, student_outputs.logits.shape[-1], task)
+        check_labels(batch.target, _classes(first), task)
 
 
 def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
@@ -120,7 +126,7 @@ def check_outputs(
     target: Tensor | None,
     task: Classification,
 ) -> None:
-    """Compare classes and labels, build the losses, and compute them once.
+    """Compare classes, labels and whether the samples are known.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
@@ -128,15 +134,34 @@ def check_outputs(
     for role, outputs in (("student", student), ("teacher", teacher)):
         if outputs is not None:
             check_logits(role, outputs.logits)
-    classes = student.logits.shape[-1]
-    if teacher is not None and teacher.logits.shape[-1] != classes:
+    losses = objective.named_losses()
+    comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
+    if comparing and teacher is not None and _classes(teacher) != _classes(student):
         raise ValueError(
-            f"the student has {classes} classes and the teacher {teacher.logits.shape[-1]}, expected the same classes "
-            "in the same order: set num_classes, or slice the teacher's logits in a module around it"
+            f"the student has {_classes(student)} classes and the teacher {_classes(teacher)}, expected the same "
+            f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the teacher's "
+            "logits in a module around it"
+        )
+    remembering = [name for name, loss in losses.items() if loss.needs_sample_ids]
+    if remembering and student.samples is None:
+        raise ValueError(
+            f"losses {remembering} remember samples, expected batches that say which samples they hold: wrap the "
+            "training set, DataLoader(kd_lightning.data.WithIds(dataset), ...)"
         )
     if target is not None:
-        check_labels(target, classes, task)
-    objective.build(student, teacher)
+        check_labels(target, _classes(student), task)
+
+
+def compute_once(
+    objective: DistillationObjective, student: Outputs, teacher: Outputs | None, target: Tensor | None
+) -> None:
+    """Compute the losses, in eval mode: nothing is remembered of these samples.
+
+    Raises:
+        ValueError: For a loss that is not finite.
+    """
+    mode = objective.training
+    objective.eval()
     with torch.no_grad():
         device = student.logits.device
         total, _ = objective(
@@ -144,6 +169,7 @@ def check_outputs(
             None if teacher is None else move_data_to_device(teacher, device),
             None if target is None else target.to(device),
         )
+    objective.train(mode)
     if not torch.isfinite(total):
         raise ValueError(
             f"the losses give {total.item()} before the first step, expected a finite value: look for NaN or infinite "
@@ -153,8 +179,9 @@ def check_outputs(
 
 def check_labels(target: Tensor, classes: int, task: Classification) -> None:
     """Raise ValueError for a label that is no class, or probabilities over other classes."""
-    if target.is_floating_point() and target.shape[-1] != classes:
-        raise ValueError(f"the targets are probabilities over {target.shape[-1]} classes, expected {classes}")
+    if target.is_floating_point() and target.shape[class_dim(target)] != classes:
+        got = target.shape[class_dim(target)]
+        raise ValueError(f"the targets are probabilities over {got} classes, expected {classes}")
     labels = task.labels(target)
     wrong = labels[((labels < 0) & (labels != -100)) | (labels >= classes)]
     if wrong.numel():
@@ -166,7 +193,7 @@ def check_labels(target: Tensor, classes: int, task: Classification) -> None:
 
 def check_logits(role: str, logits: Tensor, remedy: str = "leave the softmax out of its forward") -> None:
     """Raise ValueError for probabilities: no value negative, and each row's sum 1."""
-    rows = logits.detach().float()
+    rows = classes_last(logits.detach()).float()
     if rows.shape[-1] > 1 and bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < 1e-2).all()):
         raise ValueError(
             f"expected logits from the {role}, got probabilities (no output is negative, each row sums to 1): {remedy}"
@@ -188,7 +215,7 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
             return
         with precision.forward_context():
             logits = teacher(batch.args, batch.kwargs).logits
-        classes = logits.shape[-1]
+        classes = logits.shape[class_dim(logits)]
         check_labels(batch.target, classes, task)
         hits = task.correct(logits, batch.target)
         correct, count = correct + int(hits.sum()), count + hits.numel()
@@ -205,6 +232,10 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
             "classes, or were its weights never loaded? check_teacher=False (teacher.check=false on the command "
             "line) trains on it all the same"
         )
+
+
+def _classes(outputs: Outputs) -> int:
+    return outputs.logits.shape[class_dim(outputs.logits)]
 
 
 def _check_finite(batch: Batch) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from kd_lightning.dry_forward import unknown_layer
 from kd_lightning.lookahead import untouched_rng
 from kd_lightning.tap import Seen, Tap
-from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks import Batch, Classification, unwrapped
 
 
 class Trial:
@@ -93,6 +93,7 @@ class Trial:
 
     def _step(self, batch: Any) -> None:
         self.trainer.precision_plugin.convert_module(self.module)
+        batch, _ = unwrapped(batch)
         parameter = next(self.module.parameters(), None)
         if parameter is not None:
             batch = self.module.transfer_batch_to_device(batch, parameter.device, 0)

@@ -15,15 +15,24 @@ CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 EXPERIMENTS = [name.removeprefix("experiment/") for name in FILES if name.startswith("experiment/")]
 PARTS = [name for name in FILES if "/" in name and not name.startswith("experiment/")]
-MISSING = {"losses/hint": {"student_layer": "a", "teacher_layer": "b"}, "data/image_folder": {"folder": "images"}}
+MISSING = {  # what a yaml leaves to the user
+    "student_layer": "a",
+    "teacher_layer": "b",
+    "student_layers": ["a", "b"],
+    "teacher_layers": ["c", "d"],
+    "student_classifier": "e",
+    "teacher_classifier": "f",
+    "folder": "images",
+}
 
 
 def load(name: str):
     config = OmegaConf.load(CONF / f"{name}.yaml")
     nested = len(config) == 1 and "_target_" not in config
     part = next(iter(config.values())) if nested else config
-    for key, value in MISSING.get(name, {}).items():
-        part[key] = value
+    for key in part:
+        if OmegaConf.is_missing(part, key):
+            part[key] = MISSING[key]
     # A scheduler takes its learning rate from the optimizer beside it.
     return OmegaConf.create({"optimizer": {"lr": 0.1}, "part": part}).part
 

@@ -78,7 +78,7 @@ def test_layers_of_different_kinds_are_refused() -> None:
     refused(
         distillation(teacher=teacher, losses={"hint": Hint("stem", "1")}, check_teacher=False),
         loader(),
-        r"student layer 'stem' gives \(2, 8\) and teacher layer '1' \(2, 4, 1, 1\)",
+        r"loss 'hint' \(student 'stem'; teacher '1'\): .* gives \(2, 8\) and the teacher's \(2, 4, 1, 1\)",
     )
 
 

@@ -16,19 +16,20 @@ from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, Samples, class_dim, classes_last
 from kd_lightning.preflight import (
     check_labels,
     check_logits,
     check_outputs,
     check_parts,
     check_teacher_accuracy,
+    compute_once,
     first_batch,
     samples_needed,
 )
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tap import Seen, Tap
-from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
 from kd_lightning.trial import AsInTraining, Trial, few
@@ -104,6 +105,12 @@ class Distillation(Callback):
         self._teacher_accuracy_logged = False
         self._resumption = Resumption()
         check_parts(self.teacher, self.objective)
+        changing = [name for name, loss in self.objective.named_losses().items() if loss.changes_student]
+        if changing:
+            raise ValueError(
+                f"losses {changing} change the student's architecture, expected a module that stays as it is: take "
+                "DistillationModule, or change the network yourself where your module makes it"
+            )
 
     # Before training, in the order of the calls.
 
@@ -169,6 +176,7 @@ class Distillation(Callback):
     def _around(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(training_step)
         def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            batch, samples = unwrapped(batch)
             try:
                 with self._tap.watch(module, self.objective.student_layers, once=True) as seen:
                     result = training_step(batch, *args, **kwargs)
@@ -179,13 +187,15 @@ class Distillation(Callback):
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if task_loss is None:
                 return result  # Lightning has its say about a mapping without a loss
-            total = self._distil(module, batch, seen, task_loss)
+            total = self._distil(module, batch, samples, seen, task_loss)
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return step
 
-    def _distil(self, module: LightningModule, batch: Any, seen: Seen, task_loss: Tensor) -> Tensor:
-        student = Outputs(seen.logits, seen.features)
+    def _distil(
+        self, module: LightningModule, batch: Any, samples: Samples | None, seen: Seen, task_loss: Tensor
+    ) -> Tensor:
+        student = Outputs(seen.logits, seen.features, samples)
         teacher = None
         if self.objective.needs_teacher:
             args, kwargs = self._teacher_arguments(batch, seen)
@@ -263,11 +273,12 @@ class Distillation(Callback):
             student, teacher = seen.logits, self.teacher(args, kwargs).logits
         if student.shape != teacher.shape:
             return
-        self._log_mean(module, f"{prefix}/agreement", torch.eq(student.argmax(-1), teacher.argmax(-1)))
+        same = classes_last(student).argmax(-1) == classes_last(teacher).argmax(-1)
+        self._log_mean(module, f"{prefix}/agreement", same)
         target = self._task.target_or_none(batch)
         if prefix == "test" or self._teacher_accuracy_logged or target is None:
             return
-        if self._task.labels(target).shape == teacher.shape[:-1]:
+        if self._task.labels(target).shape == classes_last(teacher).shape[:-1]:
             self._log_mean(module, "val/teacher_acc", self._task.correct(teacher, target))
 
     @staticmethod
@@ -296,6 +307,7 @@ class Distillation(Callback):
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
         raw, first = first_batch(training_batches(module), self.objective, self._task)
+        raw, samples = unwrapped(raw)
         batch = few(raw, samples_needed(self.objective))
         try:
             seen = trial.run(batch, self.objective.student_layers)
@@ -307,10 +319,15 @@ class Distillation(Callback):
         check_logits("student", seen.logits, 'name the layer before the softmax with logits="..."')
         args, kwargs = self._teacher_arguments(batch, seen)
         teacher = dry_forward("teacher", self.teacher.network, args, kwargs, self.objective.teacher_layers)
-        student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()})
-        check_outputs(self.objective, student, teacher, self._task.target(batch), self._task)
+        if samples is not None:
+            samples = samples._replace(ids=samples.ids[: len(seen.logits)])
+        student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()}, samples)
+        target = self._task.target(batch)
+        check_outputs(self.objective, student, teacher, target, self._task)
+        self.objective.build(student, teacher, self._tap.student_of(trial.module), self.teacher.network)
+        compute_once(self.objective, student, teacher, target)
         if first.target is not None:
-            check_labels(first.target, student.logits.shape[-1], self._task)
+            check_labels(first.target, student.logits.shape[class_dim(student.logits)], self._task)
 
     def _teacher_arguments(self, batch: Any, seen: Seen) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return seen.inputs[0] if self._tap.inputs else self._task.arguments(batch)
@@ -333,6 +350,7 @@ class _Reading(Classification):
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
 
     def read(self, batch: Any) -> Batch:
+        batch, _ = unwrapped(batch)
         target = self.target(batch)
         if self._teacher_inputs is not None:
             return Batch(*self.arguments(batch), target)

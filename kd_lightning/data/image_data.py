@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from kd_lightning.data.loaders import in_order, shuffled
+from kd_lightning.data.with_ids import WithIds
 
 ROLES = ("teacher", "student", "control", "distilled")
 
@@ -31,6 +32,8 @@ class ImageData(LightningDataModule):
         input_shape: Of one image: (C, H, W).
         mean: Of each channel, with pixels in [0, 1]; subtracted.
         std: Likewise; divided by.
+        with_ids: Whether training batches say which samples they hold (:class:`~kd_lightning.data.WithIds`). A pipeline
+            sets it where a loss remembers samples.
     """
 
     num_classes: int
@@ -48,6 +51,7 @@ class ImageData(LightningDataModule):
                 raise ValueError(f"expected {name} of 1 or more, got {value}")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.role, self.seed = role, seed
+        self.with_ids = False
         self._subsets: Mapping[str, Any] = {}
 
     def read(self) -> Mapping[str, Subset]:
@@ -77,6 +81,8 @@ class ImageData(LightningDataModule):
         training: Any = self.training_set()
         if not len(training):
             raise ValueError(f"expected images for the role {self.role}, got none of {self.counts}: ask for some")
+        if self.with_ids:
+            training = WithIds(training)
         return shuffled(training, self.batch_size, self.seed, self.trainer, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:

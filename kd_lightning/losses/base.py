@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.losses.standardize import standardize_logits
+from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.tasks.classification import IGNORE_INDEX
 
 
 class DistillationLoss(nn.Module):
@@ -17,28 +19,46 @@ class DistillationLoss(nn.Module):
         weight: Factor of the term in the total, ≥ 0; a plain number, so that it can be scheduled.
         student_layers: Names of the student's layers that the loss reads.
         teacher_layers: Names of the teacher's layers that the loss reads.
+        gather: Under DDP, compare the samples of all processes in place of each process's own; for losses that
+            :attr:`compares_samples`. Every process then computes the loss of the whole batch.
 
     Raises:
-        ValueError: For a negative weight.
+        ValueError: For a negative weight, and for layers that do not come in pairs.
     """
 
     needs_labels = False
     """Whether the loss is meaningless on a data set without any label."""
     needs_teacher = True
+    needs_sample_ids = False
+    """Whether the batch has to say which samples of the data set it holds; see :class:`kd_lightning.data.WithIds`."""
+    needs_same_classes = True
+    """Whether the student's classes have to be the teacher's."""
+    compares_samples = False
+    """Whether a sample's loss depends on the others in the batch, so that it is another in batches of another size."""
+    changes_student = False
+    """Whether :meth:`attach` changes the student's architecture."""
     min_batch_size = 1
 
     def __init__(
-        self, weight: float = 1.0, student_layers: Sequence[str] = (), teacher_layers: Sequence[str] = ()
+        self,
+        weight: float = 1.0,
+        student_layers: Sequence[str] = (),
+        teacher_layers: Sequence[str] | None = None,
+        gather: bool = False,
     ) -> None:
         super().__init__()
         if not weight >= 0:
             raise ValueError(f"expected weight >= 0, got {weight}: leave the loss out, or pass 0 to only log it")
         self.weight = weight
         self.student_layers = tuple(student_layers)
-        self.teacher_layers = tuple(teacher_layers)
+        self.teacher_layers = self.student_layers if teacher_layers is None else tuple(teacher_layers)
+        self.gather = gather
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         """Create the parameters whose shapes follow from the networks' outputs. Called once; nothing by default."""
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Read from the networks what their outputs do not show. Called once, after :meth:`build`."""
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         """Return the unweighted scalar.
@@ -48,16 +68,166 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
 
-def check_temperature(temperature: float) -> None:
+class LogitLoss(DistillationLoss):
+    """A loss on logits.
+
+    Args:
+        weight: Factor of the term.
+        standardize: Compare standardised logits (:func:`~kd_lightning.losses.standardize_logits`). The authors take
+            T = 2 and 9 times the weight then.
+        gather: See :class:`DistillationLoss`.
+    """
+
+    def __init__(self, weight: float = 1.0, standardize: bool = False, gather: bool = False) -> None:
+        super().__init__(weight, gather=gather)
+        self.standardize = standardize
+
+    def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's logits, standardised where that was asked for."""
+        pair = student.logits, teacher.logits
+        return (standardize_logits(pair[0]), standardize_logits(pair[1])) if self.standardize else pair
+
+
+class FeatureLoss(DistillationLoss):
+    """A loss on the outputs of one layer each.
+
+    Args:
+        student_layer: Name of the student's layer.
+        teacher_layer: Name of the teacher's layer; the student's unless given.
+        weight: Factor of the term.
+        gather: See :class:`DistillationLoss`.
+    """
+
+    needs_same_classes = False
+
+    def __init__(
+        self, student_layer: str, teacher_layer: str | None = None, weight: float = 1.0, gather: bool = False
+    ) -> None:
+        super().__init__(weight, [student_layer], [teacher_layer or student_layer], gather)
+
+    def features(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """Return the outputs of the student's and the teacher's layer."""
+        return student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
+
+
+class LayersLoss(DistillationLoss):
+    """A loss on the outputs of several layers each, which are compared pair by pair.
+
+    Args:
+        student_layers: Names of the student's layers.
+        teacher_layers: Names of the teacher's layers, as many; the student's unless given.
+        weight: Factor of the term.
+        gather: See :class:`DistillationLoss`.
+
+    Raises:
+        ValueError: For no layer, or another number of layers on each side.
+    """
+
+    needs_same_classes = False
+
+    def __init__(
+        self,
+        student_layers: Sequence[str],
+        teacher_layers: Sequence[str] | None = None,
+        weight: float = 1.0,
+        gather: bool = False,
+    ) -> None:
+        super().__init__(weight, student_layers, teacher_layers, gather)
+        if isinstance(student_layers, str) or isinstance(teacher_layers, str):
+            raise ValueError(f"expected lists of layers, got {student_layers!r}, {teacher_layers!r}: pass ['layer']")
+        if not self.student_layers or len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError(
+                f"expected one or more student layers and as many teacher layers, got {list(self.student_layers)} and "
+                f"{list(self.teacher_layers)}: they are compared pair by pair"
+            )
+
+    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs of the student's and the teacher's layers, pair by pair."""
+        return [
+            (student.features[s], teacher.features[t])
+            for s, t in zip(self.student_layers, self.teacher_layers, strict=True)
+        ]
+
+
+def check_temperature(temperature: float | Tensor) -> None:
     """Raise ValueError unless the temperature is positive."""
     if not temperature > 0:
         raise ValueError(f"expected temperature > 0, got {temperature}: 1 leaves the logits as they are, 2 to 8 soften")
 
 
+def check_not_negative(**coefficients: float) -> None:
+    """Raise ValueError for a coefficient that would turn a term round."""
+    for name, value in coefficients.items():
+        if not value >= 0:
+            raise ValueError(f"expected {name} >= 0, got {value}: 0 leaves its part of the loss out")
+
+
 def check_same_shape(student: Tensor, teacher: Tensor, what: str = "logits") -> None:
     """Raise ValueError unless both have the same shape."""
     if student.shape != teacher.shape:
+        remedy = (
+            "give both the same classes in the same order, or slice the teacher's outputs"
+            if what == "logits"
+            else "name layers of the same shape, or take a loss that projects"
+        )
         raise ValueError(
             f"student {what} {tuple(student.shape)} and teacher {what} {tuple(teacher.shape)} differ, expected the "
-            "same shape: give both the same classes in the same order, or slice the teacher's outputs"
+            f"same shape: {remedy}"
         )
+
+
+def check_batch(samples: int, least: int, what: str) -> None:
+    """Raise ValueError for a batch with too few samples to compare."""
+    if samples < least:
+        raise ValueError(
+            f"{what} compares samples and needs a batch of at least {least}, got {samples}: raise the batch size, or "
+            "leave the last, smaller batch out with drop_last=True"
+        )
+
+
+def rows(logits: Tensor) -> Tensor:
+    """Return logits as (N, C): one row a sample, a token of (B, S, V) or a pixel of (B, C, H, W)."""
+    return classes_last(logits).flatten(0, -2)
+
+
+def labelled(target: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the labels (N,) and the rows (N, C) of the samples that have one; N may be 0.
+
+    Raises:
+        ValueError: For targets that are probabilities, or of another number of samples.
+    """
+    if target.is_floating_point():
+        raise ValueError(
+            "expected class indices as target, got probabilities (mixup?): this loss asks which class is the right "
+            "one; leave mixup out, or take a loss without labels, such as kd"
+        )
+    labels, flat = target.flatten(), [rows(x) for x in logits]
+    if any(len(x) != len(labels) for x in flat):
+        raise ValueError(
+            f"expected one label for each of the logits {tuple(logits[0].shape)}, got a target {tuple(target.shape)}"
+        )
+    kept = labels != IGNORE_INDEX
+    return labels[kept], *(x[kept] for x in flat)
+
+
+def counted(target: Tensor | None, *logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows (N, C) that count: all of them, or those whose target is not ignored, where one is given."""
+    flat = tuple(rows(x) for x in logits)
+    if target is None:
+        return flat
+    kept = target.flatten() != IGNORE_INDEX
+    return tuple(x[kept] for x in flat)
+
+
+def padding(logits: Tensor, target: Tensor | None) -> Tensor | None:
+    """Return the target where it says which tokens are padding: for (B, S, V) logits, a (B, S) target.
+
+    An image without label counts, as does an unlabelled pixel: the teacher knows something of it. A token that is
+    ignored is no text.
+    """
+    return target if target is not None and logits.ndim == 3 and target.shape == logits.shape[:2] else None
+
+
+def nothing(student: Outputs) -> Tensor:
+    """Return zero, with a gradient of zero: the loss of a batch in which nothing counts."""
+    return 0.0 * student.logits.sum()

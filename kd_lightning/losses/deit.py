@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import DistillationLoss, check_same_shape
+from kd_lightning.losses.base import LogitLoss, check_same_shape, rows
 from kd_lightning.outputs import Outputs
 
 
@@ -11,14 +11,14 @@ def deit_hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Cross-entropy with the teacher's prediction as the label: −log softmax(z_s)_argmax z_t (eq. 3, second term).
 
     Shape:
-        student_logits, teacher_logits: (B, C) or (B, S, V), averaged over all positions.
+        student_logits, teacher_logits: (B, C), (B, S, V) or (B, C, H, W), averaged over samples, tokens or pixels.
     """
     check_same_shape(student_logits, teacher_logits)
-    return F.cross_entropy(student_logits.flatten(0, -2), teacher_logits.argmax(-1).flatten())
+    return F.cross_entropy(rows(student_logits), rows(teacher_logits).argmax(-1))
 
 
-class DeiTHard(DistillationLoss):
+class DeiTHard(LogitLoss):
     """The teacher's hard labels: its corrections without its dark knowledge, hence the control beside :class:`KD`."""
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        return deit_hard(student.logits, teacher.logits)
+        return deit_hard(*self.logits(student, teacher))

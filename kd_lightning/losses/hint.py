@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.losses.base import DistillationLoss, check_same_shape
+from kd_lightning.losses.base import FeatureLoss, check_same_shape
+from kd_lightning.losses.features import project, projector, same_size
 from kd_lightning.outputs import Outputs
 
 
@@ -17,7 +18,7 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student, teacher.detach())
 
 
-class Hint(DistillationLoss):
+class Hint(FeatureLoss):
     """Regress a teacher's layer from a student's layer through a learnt projector.
 
     The projector is a convolution for maps and a linear layer otherwise; its channels come from the dry forward pass.
@@ -38,7 +39,7 @@ class Hint(DistillationLoss):
     def __init__(
         self, student_layer: str, teacher_layer: str | None = None, kernel_size: int = 1, weight: float = 1.0
     ) -> None:
-        super().__init__(weight, [student_layer], [teacher_layer or student_layer])
+        super().__init__(student_layer, teacher_layer, weight)
         if kernel_size % 2 != 1:
             raise ValueError(f"expected an odd kernel_size, got {kernel_size}: the map has to keep its size")
         self.kernel_size = kernel_size
@@ -46,22 +47,8 @@ class Hint(DistillationLoss):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         assert teacher is not None
-        s, t = student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
-        if s.ndim != t.ndim or s.ndim not in (2, 3, 4):
-            raise ValueError(
-                f"hint: student layer {self.student_layers[0]!r} gives {tuple(s.shape)} and teacher layer "
-                f"{self.teacher_layers[0]!r} {tuple(t.shape)}, expected both (B, C, H, W), (B, S, D) or (B, D): name "
-                "layers of the same kind"
-            )
-        if s.ndim == 4:
-            self.projector = nn.Conv2d(s.shape[1], t.shape[1], self.kernel_size, padding=self.kernel_size // 2)
-        else:
-            self.projector = nn.Linear(s.shape[-1], t.shape[-1])
+        self.projector = projector(*self.features(student, teacher), "hint", self.kernel_size)
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        s, t = student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
-        if s.ndim == 4:
-            size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-            s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
-        dtype = next(self.projector.parameters()).dtype  # bfloat16 where the whole training is
-        return hint(self.projector(s.to(dtype)).to(s.dtype), t)
+        s, t = same_size(*self.features(student, teacher))
+        return hint(project(self.projector, s), t)

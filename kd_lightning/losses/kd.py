@@ -3,17 +3,20 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import DistillationLoss, check_same_shape, check_temperature
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
 from kd_lightning.outputs import Outputs
 
 
-def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+def kd(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 4.0
+) -> Tensor:
     """T²·KL(softmax(z_t / T) ‖ softmax(z_s / T)), summed over classes, averaged over samples (section 2).
 
     T softens both sides; T² keeps the gradient's size about the same when T changes.
 
     Shape:
-        student_logits, teacher_logits: (B, C) or (B, S, V), averaged over all positions.
+        student_logits, teacher_logits: (B, C), (B, S, V) or (B, C, H, W), averaged over samples, tokens or pixels.
+        target: Of those, -100 where one does not count; zero, with a gradient of zero, where none does.
 
     Raises:
         ValueError: For a temperature ≤ 0 or unequal shapes.
@@ -26,23 +29,28 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     """
     check_temperature(temperature)
     check_same_shape(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits / temperature, -1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_logits.detach() / temperature, -1).flatten(0, -2)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    z_s, z_t = counted(target, student_logits, teacher_logits.detach())
+    student, teacher = F.log_softmax(z_s / temperature, -1), F.log_softmax(z_t / temperature, -1)
+    total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * total / max(len(z_s), 1)
 
 
-class KD(DistillationLoss):
+class KD(LogitLoss):
     """The teacher's softened distribution as target; see :func:`kd`.
+
+    Samples and pixels without label count, tokens that are ignored do not.
 
     Args:
         temperature: T > 0, of both sides and of the factor T².
         weight: Factor of the term.
+        standardize: See :class:`~kd_lightning.losses.LogitLoss`.
     """
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0) -> None:
-        super().__init__(weight)
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0, standardize: bool = False) -> None:
+        super().__init__(weight, standardize)
         check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        return kd(student.logits, teacher.logits, temperature=self.temperature)
+        tokens = padding(student.logits, target)
+        return kd(*self.logits(student, teacher), tokens, temperature=self.temperature)

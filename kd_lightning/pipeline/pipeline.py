@@ -96,7 +96,7 @@ class Pipeline:
         """Make everything once and run it dry, so that no stage fails after those before it were trained."""
         recipes = {recipe.label: recipe for recipe in self._recipes()}
         for recipe in recipes.values():
-            data = recipe.data(role=recipe.role, seed=recipe.seed)
+            data = recipe.training_data()
             data.prepare_data()
             data.setup("fit")
             teacher = Teacher(self.teacher.network()) if self.teacher is not None and recipe.needs_teacher else None
@@ -212,7 +212,7 @@ def _summary(stage: Finished) -> str:
 
 
 def _one_sample(data: LightningDataModule) -> Tensor:
-    args, _, _ = Classification().read(next(iter(data.val_dataloader())))
+    args, *_ = Classification().read(next(iter(data.val_dataloader())))
     return args[0][:1]  # type: ignore[no-any-return]
 
 

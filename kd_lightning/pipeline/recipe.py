@@ -53,6 +53,12 @@ class Recipe:
         """As a person reads it: ``distilled-kd-T4-s0``."""
         return f"{self.role}-{self.method}-s{self.seed}"
 
+    def training_data(self) -> LightningDataModule:
+        """Make the data module for this training; its ``with_ids`` tells whether a loss remembers samples."""
+        data = self.data(role=self.role, seed=self.seed)
+        data.with_ids = any(loss.needs_sample_ids for loss in self.losses().values())  # type: ignore[attr-defined]
+        return data
+
     @property
     def needs_teacher(self) -> bool:
         return self.role not in ("teacher", "student")

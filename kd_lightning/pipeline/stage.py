@@ -121,7 +121,7 @@ def run_stage(
             that is reused.
         callbacks: Of the caller, such as a progress display.
     """
-    data = recipe.data(role=recipe.role, seed=recipe.seed)
+    data = recipe.training_data()
     folder = StageFolder(stages, recipe, fingerprint_of(recipe, data, teacher))
     result = folder.read()
     if result is not None:
@@ -156,7 +156,7 @@ def _epochs_between_checkpoints(data: LightningDataModule) -> int:
 @torch.inference_mode()
 def _predict(network: nn.Module, loader: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     predictions, targets = [], []
-    for args, kwargs, target in _batches(loader, device):
+    for args, kwargs, target, _ in _batches(loader, device):
         predictions.append(run(network, args, kwargs).logits.argmax(-1).cpu())
         assert target is not None
         targets.append(target.cpu())
@@ -167,7 +167,7 @@ def _predict(network: nn.Module, loader: Any, device: torch.device) -> tuple[Ten
 def _teacher_entropy(network: nn.Module, loader: Any, temperature: float, device: torch.device) -> float:
     entropies: list[Tensor] = []
     count = 0
-    for args, kwargs, _ in _batches(loader, device):
+    for args, kwargs, *_ in _batches(loader, device):
         logits = run(network, args, kwargs).logits
         entropies.append(relative_entropy(logits, temperature) * len(logits))
         count += len(logits)

@@ -6,22 +6,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kd_lightning.outputs import Samples, classes_last
+
 IGNORE_INDEX = -100
 """The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
 
 
 class Batch(NamedTuple):
-    """What the networks are called with, and the target: None where the batch has none."""
+    """What the networks are called with, and the target: None where the batch has none.
+
+    ``samples`` says which samples of the data set these are, where the batch is one of
+    :class:`~kd_lightning.data.WithIds`.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     target: Tensor | None
+    samples: Samples | None = None
+
+
+class Identified(NamedTuple):
+    """A batch as it was without :class:`~kd_lightning.data.WithIds`, and which samples it holds."""
+
+    batch: Any
+    ids: Tensor
+    total: Tensor
+
+
+def unwrapped(batch: Any) -> tuple[Any, Samples | None]:
+    """Return the batch as it was without :class:`~kd_lightning.data.WithIds`, and which samples it holds, if known."""
+    if isinstance(batch, Identified):
+        return batch.batch, Samples(batch.ids, int(batch.total.flatten()[0]))
+    return batch, None
 
 
 class Classification:
     """Batches of (input, target), of inputs alone, or mappings with ``labels`` as Hugging Face data sets give them.
 
-    Targets are class indices, -100 for a sample without label, or probabilities of the logits' shape (mixup).
+    Targets are class indices, -100 for a sample (a pixel, a token) without label, or probabilities of the logits' shape
+    (mixup).
     """
 
     label_keys = ("labels", "label", "target")
@@ -32,6 +55,9 @@ class Classification:
         Raises:
             TypeError: For a batch of another kind.
         """
+        if isinstance(batch, Identified):
+            plain, samples = unwrapped(batch)
+            return self.read(plain)._replace(samples=samples)
         if isinstance(batch, Mapping):
             target = next((batch[key] for key in self.label_keys if key in batch), None)
             return Batch((), {key: value for key, value in batch.items() if key not in self.label_keys}, target)
@@ -47,11 +73,11 @@ class Classification:
         )
 
     def labels(self, target: Tensor) -> Tensor:
-        """Return class indices (B,), -100 where a sample has no label."""
-        return target.argmax(-1) if target.is_floating_point() else target
+        """Return class indices (B,), (B, S) or (B, H, W), -100 where there is no label."""
+        return classes_last(target).argmax(-1) if target.is_floating_point() else target
 
     def correct(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Tell for each labelled sample whether the highest logit is its label's: bool (labelled,)."""
+        """Tell for each labelled sample, token or pixel whether the highest logit is its label's: bool (labelled,)."""
         labels = self.labels(target)
         labelled = labels != IGNORE_INDEX
-        return torch.eq(logits.argmax(-1)[labelled], labels[labelled])
+        return torch.eq(classes_last(logits).argmax(-1)[labelled], labels[labelled])

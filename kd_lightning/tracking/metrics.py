@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective, Term
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, classes_last
 
 
 def logs_this_step(trainer: Trainer) -> bool:
@@ -45,9 +45,9 @@ def log_terms(
 
 
 def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(z / T) as a share of log C, averaged over all but the last dimension.
+    """Entropy of softmax(z / T) as a share of log C, averaged over samples, tokens or pixels.
 
     0 is a hard label, 1 the uniform distribution.
     """
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
-    return -(log_p.exp() * log_p).sum(-1).mean() / math.log(logits.shape[-1])
+    log_p = torch.log_softmax(classes_last(logits).float() / temperature, -1)
+    return -(log_p.exp() * log_p).sum(-1).mean() / math.log(log_p.shape[-1])

@@ -112,7 +112,7 @@ def test_a_batch_of_one_and_large_features_stay_finite() -> None:
 
 
 def test_layers_of_different_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'layer' gives \(4, 6, 8, 8\) and teacher layer 'layer' \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"layer gives \(4, 6, 8, 8\) and the teacher's \(4, 6\), expected both"):
         built(STUDENT, TEACHER[:, :, 0, 0])
 
 
