@@ -1,5 +1,6 @@
 """Distillation losses: for each method the function (the formula) and the module (weight, layers, projectors)."""
 
+from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.hard_label import HardLabel, hard_label
@@ -9,6 +10,7 @@ from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
+    "AB",
     "KD",
     "VID",
     "DeiTHard",
@@ -18,6 +20,7 @@ __all__ = [
     "Hint",
     "LayersLoss",
     "LogitLoss",
+    "activation_boundary",
     "deit_hard",
     "hard_label",
     "hint",
