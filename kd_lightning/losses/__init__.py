@@ -5,8 +5,12 @@ from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, 
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
+from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
+from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
+from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.standardize import standardize_logits
+from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
@@ -16,15 +20,29 @@ __all__ = [
     "DeiTHard",
     "DistillationLoss",
     "FeatureLoss",
+    "ForwardKL",
     "HardLabel",
     "Hint",
+    "JensenShannon",
     "LayersLoss",
     "LogitLoss",
+    "ReverseKL",
+    "SkewedForwardKL",
+    "SkewedReverseKL",
+    "SymmetricKL",
+    "TotalVariation",
     "activation_boundary",
     "deit_hard",
+    "forward_kl",
     "hard_label",
     "hint",
+    "jensen_shannon",
     "kd",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
     "standardize_logits",
+    "symmetric_kl",
+    "total_variation",
     "vid",
 ]

@@ -1,0 +1,172 @@
+"""Kullback-Leibler divergences between two language models' next tokens.
+
+Forward: Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxiv.org/abs/1503.02531, for each
+token as in Sequence-Level Knowledge Distillation (Kim & Rush, EMNLP 2016), https://arxiv.org/abs/1606.07947. Reverse:
+MiniLLM (Gu et al., ICLR 2024), https://arxiv.org/abs/2306.08543, token by token. Both mixed: DistiLLM (Ko et al., ICML
+2024), https://arxiv.org/abs/2402.03898.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
+from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.tasks.classification import IGNORE_INDEX
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """T²·KL(p_t ‖ p_s) with p = softmax(z / T), summed over the vocabulary, averaged over the tokens that count.
+
+    The divergence itself, zero where both agree; the authors' code leaves out the teacher's entropy, a constant. It
+    covers all that the teacher might say. A token of logit −∞ on both sides (a padded vocabulary) adds nothing.
+
+    Shape:
+        student_logits, teacher_logits: (B, S, V); or (B, C), (B, C, H, W).
+        target: (B, S), ``ignore_index`` where a token does not count; zero, with a gradient of zero, where none does.
+
+    Raises:
+        ValueError: For a temperature ≤ 0, unequal logits' shapes, or a target of another shape.
+    """
+    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * _kl(teacher, student)
+
+
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """T²·KL(p_s ‖ p_t): as :func:`forward_kl` with the sides swapped. It keeps to what the teacher does say."""
+    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * _kl(student, teacher)
+
+
+def symmetric_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    lam: float = 0.9,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """T²·[(1 − λ)·KL(p_t ‖ p_s) + λ·KL(p_s ‖ p_t)]; see :func:`forward_kl`. Symmetric at λ = ½.
+
+    Raises:
+        ValueError: For λ outside [0, 1].
+    """
+    _check_lam(lam)
+    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * ((1 - lam) * _kl(teacher, student) + lam * _kl(student, teacher))
+
+
+class _TokenLoss(LogitLoss):
+    """A divergence between softened distributions; ignored tokens do not count, images without label do."""
+
+    def __init__(self, temperature: float = 1.0, weight: float = 1.0, standardize: bool = False) -> None:
+        super().__init__(weight, standardize)
+        check_temperature(temperature)
+        self.temperature = temperature
+
+
+class ForwardKL(_TokenLoss):
+    """The teacher's next-token distribution as target; see :func:`forward_kl`.
+
+    Args:
+        temperature: T > 0, of both sides and of the factor T².
+        weight: Factor of the term.
+        standardize: See :class:`~kd_lightning.losses.LogitLoss`.
+    """
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        tokens = padding(student.logits, target)
+        return forward_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
+
+
+class ReverseKL(_TokenLoss):
+    """The student's own likely tokens, judged by the teacher; see :func:`reverse_kl`.
+
+    Args:
+        temperature: T > 0, of both sides and of the factor T².
+        weight: Factor of the term.
+        standardize: See :class:`~kd_lightning.losses.LogitLoss`.
+    """
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        tokens = padding(student.logits, target)
+        return reverse_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
+
+
+class SymmetricKL(_TokenLoss):
+    """Both divergences; see :func:`symmetric_kl`.
+
+    Args:
+        lam: λ in [0, 1], the share of the reverse one.
+        temperature: T > 0, of both sides and of the factor T².
+        weight: Factor of the term.
+        standardize: See :class:`~kd_lightning.losses.LogitLoss`.
+    """
+
+    def __init__(
+        self, lam: float = 0.9, temperature: float = 1.0, weight: float = 1.0, standardize: bool = False
+    ) -> None:
+        super().__init__(temperature, weight, standardize)
+        _check_lam(lam)
+        self.lam = lam
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        tokens = padding(student.logits, target)
+        return symmetric_kl(*self.logits(student, teacher), tokens, lam=self.lam, temperature=self.temperature)
+
+
+def _check_lam(lam: float) -> None:
+    if not 0 <= lam <= 1:
+        raise ValueError(f"expected lam in [0, 1], got {lam}: 0 is forward_kl, 1 is reverse_kl")
+
+
+def _counted(target: Tensor | None, ignore_index: int, *logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows (N, V) that count, for any ``ignore_index``."""
+    if target is None:
+        return counted(None, *logits)
+    expected = classes_last(logits[0]).shape[:-1]
+    if target.shape != expected:
+        raise ValueError(
+            f"expected a target {tuple(expected)} for logits {tuple(logits[0].shape)}, got {tuple(target.shape)}: "
+            "pass one class index a token, the ignore_index where it does not count"
+        )
+    return counted(torch.where(target == ignore_index, IGNORE_INDEX, 0), *logits)
+
+
+def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    # −∞ becomes the least finite number: neither ∞ − ∞ nor 0·∞ comes up after it, and exp of it is 0 all the same.
+    return F.log_softmax(logits / temperature, -1).clamp_min(torch.finfo(logits.dtype).min)
+
+
+def _log_probabilities(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    temperature: float | Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(z / T) of the tokens that count, (N, V) each: the student's, and the teacher's detached."""
+    check_temperature(temperature)
+    check_same_shape(student_logits, teacher_logits)
+    z_s, z_t = _counted(target, ignore_index, student_logits, teacher_logits.detach())
+    return _log_softmax(z_s, temperature), _log_softmax(z_t, temperature)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p·(log p − log q), averaged over the rows; zero without any."""
+    return (log_p.exp() * (log_p - log_q)).sum() / max(len(log_p), 1)
