@@ -7,6 +7,7 @@ from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
+from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.standardize import standardize_logits
@@ -16,6 +17,7 @@ from kd_lightning.losses.vid import VID, vid
 __all__ = [
     "AB",
     "KD",
+    "MLKD",
     "VID",
     "DeiTHard",
     "DistillationLoss",
@@ -32,6 +34,8 @@ __all__ = [
     "SymmetricKL",
     "TotalVariation",
     "activation_boundary",
+    "batch_correlation",
+    "class_correlation",
     "deit_hard",
     "forward_kl",
     "hard_label",
