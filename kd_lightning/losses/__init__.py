@@ -3,6 +3,7 @@
 from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.deit import DeiTHard, deit_hard
+from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
@@ -16,6 +17,7 @@ from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
     "AB",
+    "DKD",
     "KD",
     "MLKD",
     "VID",
@@ -37,6 +39,7 @@ __all__ = [
     "batch_correlation",
     "class_correlation",
     "deit_hard",
+    "dkd",
     "forward_kl",
     "hard_label",
     "hint",
