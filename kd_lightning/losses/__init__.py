@@ -9,6 +9,7 @@ from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
+from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.standardize import standardize_logits
@@ -20,6 +21,7 @@ __all__ = [
     "DKD",
     "KD",
     "MLKD",
+    "OFD",
     "VID",
     "DeiTHard",
     "DistillationLoss",
@@ -45,6 +47,7 @@ __all__ = [
     "hint",
     "jensen_shannon",
     "kd",
+    "partial_l2",
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
