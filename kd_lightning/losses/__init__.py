@@ -4,6 +4,7 @@ from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.dkd import DKD, dkd
+from kd_lightning.losses.ft import FT, factor_transfer
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
@@ -19,6 +20,7 @@ from kd_lightning.losses.vid import VID, vid
 __all__ = [
     "AB",
     "DKD",
+    "FT",
     "KD",
     "MLKD",
     "OFD",
@@ -42,6 +44,7 @@ __all__ = [
     "class_correlation",
     "deit_hard",
     "dkd",
+    "factor_transfer",
     "forward_kl",
     "hard_label",
     "hint",
