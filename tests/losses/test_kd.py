@@ -87,6 +87,53 @@ def test_tokens_count_as_samples() -> None:
     assert kd(student, teacher, temperature=4.0) == kd(STUDENT, TEACHER, temperature=4.0)
 
 
+def test_ignored_tokens_do_not_count_and_the_mean_is_over_those_that_do() -> None:
+    student, teacher = STUDENT.reshape(2, 4, 10).clone().requires_grad_(), TEACHER.reshape(2, 4, 10)
+    target = torch.tensor([[1, -100, 0, 3], [-100, -100, 7, 2]])
+    for loss in (
+        kd(student, teacher, target, temperature=4.0),
+        KD(temperature=4.0)(Outputs(student), Outputs(teacher), target),
+    ):
+        kept = [0, 2, 3, 6, 7]
+        assert loss.item() == pytest.approx(kd_by_loops(STUDENT[kept], TEACHER[kept], 4.0), rel=1e-12)
+        (gradient,) = torch.autograd.grad(loss, student)
+        alone = STUDENT[kept].clone().requires_grad_()
+        kd(alone, TEACHER[kept], temperature=4.0).backward()
+        torch.testing.assert_close(gradient[target != -100], alone.grad)
+        assert not gradient[target == -100].any()
+
+
+def test_zero_with_a_gradient_of_zero_where_every_token_is_ignored() -> None:
+    student, teacher = STUDENT.reshape(2, 4, 10).clone().requires_grad_(), TEACHER.reshape(2, 4, 10)
+    loss = KD()(Outputs(student), Outputs(teacher), torch.full((2, 4), -100))
+    loss.backward()
+    assert loss == 0
+    assert student.grad.shape == (2, 4, 10)
+    assert not student.grad.any()
+
+
+def test_images_without_label_count() -> None:
+    target = torch.tensor([3, -100, -100, 0, -100, 1, 2, -100])
+    for labels in (target, torch.full((8,), -100)):
+        value = KD(temperature=4.0)(Outputs(STUDENT), Outputs(TEACHER), labels)
+        assert value.item() == pytest.approx(kd_by_loops(STUDENT, TEACHER, 4.0), rel=1e-12)
+
+
+def test_pixels_count_as_samples_whether_labelled_or_not() -> None:
+    student, teacher = wave((2, 5, 3, 4), 0.7, 0.1).requires_grad_(), wave((2, 5, 3, 4), 1.3, 0.5)
+    pixels = [
+        torch.stack([z[b, :, h, w] for b in range(2) for h in range(3) for w in range(4)]) for z in (student, teacher)
+    ]
+    expected = kd_by_loops(*pixels, 4.0)
+    assert kd(student, teacher, temperature=4.0).item() == pytest.approx(expected, rel=1e-12)
+    target = torch.full((2, 3, 4), -100)
+    value = KD(temperature=4.0)(Outputs(student), Outputs(teacher), target)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(value, student)
+    (expected_gradient,) = torch.autograd.grad(kd(*pixels, temperature=4.0), student)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
 def test_teacher_gets_no_gradient() -> None:
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     kd(student, teacher).backward()
