@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def main() -> None:
 def _hydra_main(config: DictConfig) -> float | None:
     _quiet()
     try:
-        job = pipeline(config, _experiment())
+        job = pipeline(config, _experiment(), _overrides())
         verdict = job.run()
     except _MISTAKES as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -74,11 +74,16 @@ def _hydra_main(config: DictConfig) -> float | None:
     return chosen.val_accuracy if chosen is not None else None  # what a Hydra sweeper maximises
 
 
-def pipeline(config: DictConfig, experiment: str | None = None) -> Pipeline:
-    """Turn a composed configuration into a pipeline.
+def pipeline(config: DictConfig, experiment: str | None = None, overrides: Sequence[str] = ()) -> Pipeline:
+    """Turn a composed configuration into a pipeline, while Hydra is initialised.
+
+    Args:
+        config: As it was composed.
+        experiment: The pipeline's name, unless the configuration has one.
+        overrides: With which it was composed; variants are composed with them, too.
 
     Raises:
-        ValueError: For an unknown stage, or a variant that sets a path which is not there.
+        ValueError: For an unknown stage, or a variant that sets what is not there.
     """
     unknown = [stage for stage in config.stages if stage not in _STAGES]
     if unknown or not config.stages:
@@ -90,7 +95,7 @@ def pipeline(config: DictConfig, experiment: str | None = None) -> Pipeline:
         teacher = _teacher(resolved)
     recipes = []
     for role in students:
-        variants = _variants(config) if role == "distilled" else {role: resolved}
+        variants = _variants(config, overrides) if role == "distilled" else {role: resolved}
         for label, variant in variants.items():
             recipes += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
     return Pipeline(
@@ -103,6 +108,7 @@ def pipeline(config: DictConfig, experiment: str | None = None) -> Pipeline:
         make_logger=partial(instantiate, resolved["logger"]) if resolved["logger"] else None,
         verdict="verdict" in config.stages,
         recall_classes=resolved["recall_classes"],
+        reference=resolved["reference"],
     )
 
 
@@ -168,27 +174,45 @@ def _method(losses: Mapping[str, Any]) -> str:
     return "+".join(with_temperature)
 
 
-def _variants(config: DictConfig) -> dict[str, dict[str, Any]]:
+def _variants(config: DictConfig, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Compose the configuration anew for each variant, with what it sets after what the command line set."""
     if not config.variants:
         return {"distilled": _plain(config)}
     found = {}
-    for label, changes in config.variants.items():
-        variant = config.copy()
-        for path, value in changes.items():
-            try:
-                OmegaConf.update(variant, path, value, merge=False)
-            except (OmegaConfBaseException, AttributeError) as error:
-                raise ValueError(
-                    f"variant {label!r} sets {path}, expected a path of the configuration: {error}"
-                ) from error
-        found[str(label)] = _plain(variant)
+    for label, changes in _plain(config.variants).items():
+        own = [f"{path}={_as_override(value)}" for path, value in changes.items()]
+        try:
+            found[label] = _plain(hydra.compose("config", [*overrides, *own]))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(
+                f"variant {label!r} sets {', '.join(changes)}, expected a path or a group that the command line takes: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
     return found
+
+
+def _as_override(value: Any) -> str:
+    """Write a value in the grammar of the command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_as_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    if isinstance(value, str):
+        return (
+            value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        )
+    return "null" if value is None else str(value).lower()
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _overrides() -> list[str]:
+    overrides = HydraConfig.get().overrides
+    return [*(o for o in overrides.hydra if o.startswith("hydra.searchpath")), *overrides.task]
 
 
 def _experiment() -> str | None:

@@ -44,6 +44,7 @@ class Pipeline:
         console: Where the comparison is printed.
         verdict: Whether to compare at the end.
         recall_classes: Classes whose recall stands in the comparison.
+        reference: Label of the distilled model with which the others are compared; None for no such column.
     """
 
     name: str
@@ -55,12 +56,18 @@ class Pipeline:
     console: Console = field(default_factory=Console)
     verdict: bool = True
     recall_classes: Sequence[int] = ()
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         needing = [recipe.name for recipe in self.students if recipe.needs_teacher]
         if needing and self.teacher is None:
             raise ValueError(
                 f"{needing[0]} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its weights>"
+            )
+        distilled = list(dict.fromkeys(recipe.label for recipe in self.students if recipe.role == "distilled"))
+        if self.verdict and self.reference is not None and self.reference not in distilled:
+            raise ValueError(
+                f"reference {self.reference!r} is no distilled model, expected one of {distilled}, or none"
             )
 
     def run(self) -> Verdict | None:
@@ -175,6 +182,7 @@ class Pipeline:
             [stage.result for stage in finished],
             latency,
             recall_classes={index: names[index] if names else str(index) for index in self.recall_classes},
+            reference=self.reference,
             extra_images=int(getattr(data, "counts", {}).get("unlabelled", 0)),
         )
         write_verdict(verdict, path)

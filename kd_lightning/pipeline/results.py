@@ -78,6 +78,7 @@ class Model:
         agreement: share of the test images on which it predicts what the teacher predicts.
         retention: accuracy divided by the teacher's.
         recall: by class name, the mean over seeds.
+        against_reference: difference of test accuracy to the reference among several distilled models.
     """
 
     role: Role
@@ -96,6 +97,7 @@ class Model:
     temperature: float | None = None
     teacher_entropy: float | None = None
     recall: Mapping[str, float] = field(default_factory=dict)
+    against_reference: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -117,6 +119,7 @@ class Model:
             "temperature": self.temperature,
             "teacher_entropy": self.teacher_entropy,
             "recall": dict(self.recall) or None,
+            "against_reference": self.against_reference and asdict(self.against_reference),
         }
         return row | {key: value for key, value in optional.items() if value is not None}
 

@@ -110,6 +110,14 @@ def _inside(interval: Interval) -> str:
     return _points(interval).replace(" (", ", ").rstrip(")")
 
 
+def points(interval: Interval | None) -> str:
+    """The same in a table: ``+1.2 (0.3 to 2.1)``."""
+    if interval is None:
+        return "–"
+    mean, low, high = (f"{100 * value:.1f}" for value in (interval.mean, interval.low, interval.high))
+    return f"{'' if mean.startswith('-') else '+'}{mean} ({low} to {high})"
+
+
 def percent(value: float | None) -> str:
     return number(None if value is None else 100 * value, ".1f")
 

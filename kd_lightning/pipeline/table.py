@@ -1,15 +1,17 @@
 """The verdict as a person reads it in the terminal."""
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kd_lightning.pipeline.results import Verdict
-from kd_lightning.pipeline.sentence import number, percent, title
+from kd_lightning.pipeline.sentence import number, percent, points, title
 
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
-    """Quality and cost of every model, then the sentence. Two tables, so that both are readable at 100 columns."""
+    """Quality and cost of every model, then the sentence. Several tables, so that each is readable at 100 columns."""
     rows = {key: Text(title(key, model)) for key, model in verdict.models.items()}
     models = verdict.models.values()
     with_temperature = any(model.temperature is not None for model in models)
@@ -50,10 +52,23 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
             number(speed.throughput_per_s if speed else None, ",.0f"),
             number(model.train_seconds, ",.1f"),
         )
-    for table in (quality, cost):
+    for table in (quality, cost, *_comparison(verdict, rows)):
         console.print(table)
         console.print()
     console.print(Text(verdict.sentence))
+
+
+def _comparison(verdict: Verdict, rows: Mapping[str, Text]) -> list[Table]:
+    """Several distilled models against one of them, where that was asked for."""
+    distilled = {key: model for key, model in verdict.models.items() if model.role == "distilled"}
+    reference = [key for key, model in distilled.items() if model.against_reference is None]
+    if len(reference) != 1 or len(distilled) == 1:
+        return []
+    table = _table(True, f"points over {reference[0]} (95 % interval)")
+    for key, model in distilled.items():
+        if key != reference[0]:
+            table.add_row(rows[key], points(model.against_reference))
+    return [table]
 
 
 def _table(wide: bool, *columns: str) -> Table:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ def make_verdict(
     latency: Mapping[str, Latency],
     *,
     recall_classes: Mapping[int, str] | None = None,
+    reference: str | None = None,
     extra_images: int = 0,
 ) -> Verdict:
     """Compare the runs, paired by seed and test image, and say what follows.
@@ -34,11 +36,12 @@ def make_verdict(
         results: one for each run; the teacher may have one seed for all.
         latency: by label; a model without one gets None.
         recall_classes: classes whose recall is of interest on its own (one that the student never sees), with names.
+        reference: label of the distilled model with which the other distilled models are compared.
         extra_images: how many images the distilled student and the control had beyond the labelled ones.
 
     Raises:
         ValueError: no results, other test images, a run given twice, two models where one is expected, no seed in
-            common, or a recall class that no test image has.
+            common, a recall class that no test image has, or a reference that is no distilled model.
     """
     groups = _checked(results)
     target = np.asarray(results[0].target)
@@ -52,6 +55,8 @@ def make_verdict(
         groups[labels[role][0]] if labels[role] else None for role in ("teacher", "student", "control")
     )
     distilled = groups[chosen] if chosen is not None else None
+    if reference is not None and reference not in variants:
+        raise ValueError(f"reference {reference!r} is no distilled model, expected one of {variants}, or none")
 
     pairs = {
         "distilled-alone": (distilled, alone),
@@ -66,7 +71,11 @@ def make_verdict(
     for role in get_args(Role):  # the order in which the pipeline trains, whatever order they came in
         for label in labels[role]:
             keys[label] = role if len(labels[role]) == 1 else label
-            models[keys[label]] = _model(groups[label], teacher, alone, latency.get(label), recall_classes or {})
+            model = _model(groups[label], teacher, alone, latency.get(label), recall_classes or {})
+            if role == "distilled" and reference is not None and label != reference:
+                difference = paired_difference(*_paired(groups[label], groups[reference]))
+                model = replace(model, against_reference=difference)
+            models[keys[label]] = model
     distilled_key = keys[chosen] if chosen is not None else None
     share = models[distilled_key].gap_closed if distilled_key is not None else None
     seeds = len(_common_seeds(distilled, alone)) if distilled and alone else 0

@@ -120,11 +120,14 @@ def test_a_sweep_trains_the_teacher_once(finished, tmp_path: Path) -> None:
 
 def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
-    variants = "+variants={T4:{losses.kd.temperature:4.0},T9:{losses.kd.temperature:9.0}}"
-    printed = kd_lightning(*TINY, variants, cwd=folder)
-    assert "distilled T4" in printed
-    assert "distilled T9" in printed
+    variants = "T4:{losses.kd.temperature:4.0}, hint:{losses:[kd,hint],losses.hint.student_layer:block3,"
+    variants += "losses.hint.teacher_layer:block4}, smooth:{losses:[hard_label],losses.hard_label.label_smoothing:0.1}"
+    printed = kd_lightning(*TINY, f"+variants={{{variants}}}", "reference=T4", cwd=folder)
+    for label, method in {"T4": "kd-T4", "hint": "kd-T4+hint", "smooth": "hard_label"}.items():
+        assert f"distilled {label}" in printed
+        assert f"distilled-{method}-s0: " in printed
     assert "best on the validation images" in " ".join(printed.split())
+    assert "points over T4" in printed
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,9 @@ def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
         (["stages=[teacher,destilled]"], "expected stages among .* got .*destilled"),
         (["teacher.checkpoint=nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
         (["data.labelled=7000"], "expected up to 6000 images, got 7000"),
-        (["+variants={a:{losses.kd.temprature:3}}"], "variant 'a' sets losses.kd.temprature"),
+        (["+variants={a:{losses.kd.temprature:3}}"], "variant 'a' sets losses.kd.temprature, expected"),
+        (["+variants={a:{losses:[kdd]}}"], "variant 'a' sets losses, .*Could not load 'losses/kdd'"),
+        (["+variants={a:{losses:[kd]}}", "reference=b"], r"reference 'b' is no distilled model, expected one of \['a'\]"),
         (["callbacks=[temperature_schedule]", "losses=[hard_label]"], "no loss has a temperature to schedule"),
     ],
 )

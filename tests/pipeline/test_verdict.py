@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.results import Result
+from kd_lightning.pipeline.statistics import paired_difference
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 
@@ -199,6 +200,20 @@ def test_of_several_distilled_models_validation_chooses_and_the_sentence_says_so
     assert (row["temperature"], row["teacher_entropy"], row["latency_ms_p95"]) == (2.0, 0.28, 0.75)
     assert v.to_dict()["models"]["T=4"]["latency_ms_p50"] is None
     assert "temperature" not in v.to_dict()["models"]["student"]
+
+
+def test_the_others_are_compared_with_the_reference():
+    v = make_verdict(sweep(), {}, reference="T=4")
+    expected = paired_difference(*(np.stack([r.correct for r in sweep() if r.label == x]) for x in ("T=1", "T=4")))
+    assert v.models["T=1"].against_reference == expected
+    assert v.models["T=4"].against_reference is None
+    assert v.models["student"].against_reference is None
+    assert v.to_dict()["models"]["T=1"]["against_reference"]["mean"] == pytest.approx(0.05)
+    assert re.search(r"points over T=4 \(95 % interval\)", printed(v))
+    assert re.search(r"distilled T=1 +\+5\.0 \(\d\.\d to \d\.\d\)", printed(v))
+    assert "points over" not in printed(make_verdict(sweep(), {}))
+    with pytest.raises(ValueError, match=r"reference 'T=3' is no distilled model, expected one of \['T=1', 'T=2', 'T=4'\]"):
+        make_verdict(sweep(), {}, reference="T=3")
 
 
 def test_one_model_of_a_role_is_named_by_the_role():
