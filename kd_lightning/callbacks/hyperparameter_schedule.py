@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kd_lightning.objective import find_objective
+from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.schedules import Schedule
 from kd_lightning.tracking.metrics import logs_this_step
 
@@ -71,10 +71,11 @@ class TemperatureSchedule(Callback):
 
     Args:
         schedule: Progress in [0, 1] to a temperature > 0; see ``kd_lightning.schedules``.
-        loss: Name of the loss; all that have a temperature unless given.
+        loss: Name of the loss; all that have a temperature unless given, but those that learn theirs.
 
     Raises:
-        ValueError: At the start of ``fit``, when no such loss is there, or the length of the training is not known.
+        ValueError: At the start of ``fit``, when no such loss is there, when it learns its temperature
+            (:class:`~kd_lightning.losses.CurriculumTemperature`), or the length of the training is not known.
 
     Example:
         >>> from kd_lightning.schedules import linear
@@ -93,18 +94,31 @@ class TemperatureSchedule(Callback):
         """Raise ValueError when no such loss is there."""
         objective = find_objective(pl_module)
         found = objective.temperatures() if objective is not None else {}
+        numbers = _numbers(objective) if objective is not None else []
         if self.loss is not None and self.loss not in found:
             raise ValueError(f"no loss {self.loss!r} has a temperature to schedule; those that have one: {list(found)}")
         if not found:
             raise ValueError("no loss has a temperature to schedule, expected for instance losses={'kd': KD()}")
+        if not numbers or self.loss not in (None, *numbers):
+            learning = [self.loss] if self.loss is not None else list(found)
+            raise ValueError(
+                f"losses {learning} learn their temperature, expected one that is a number: leave TemperatureSchedule "
+                "out; the strength of CurriculumTemperature is what HyperparameterSchedule can schedule"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         value = self.schedule(progress(trainer))
         objective = find_objective(pl_module)
         assert objective is not None
-        for name in objective.temperatures():
+        for name in _numbers(objective):
             if self.loss in (None, name):
                 setattr(objective.losses[name], "temperature", value)  # noqa: B010
+
+
+def _numbers(objective: DistillationObjective) -> list[str]:
+    """Return the names of the losses whose temperature is a plain number: a tensor is learnt."""
+    losses = objective.named_losses().items()
+    return [name for name, loss in losses if isinstance(getattr(loss, "temperature", None), int | float)]
 
 
 def progress(trainer: Trainer) -> float:

@@ -2,6 +2,7 @@
 
 from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
+from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.ft import FT, factor_transfer
@@ -25,6 +26,7 @@ __all__ = [
     "MLKD",
     "OFD",
     "VID",
+    "CurriculumTemperature",
     "DeiTHard",
     "DistillationLoss",
     "FeatureLoss",

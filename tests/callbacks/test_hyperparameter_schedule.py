@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
-from kd_lightning.losses import KD, HardLabel
+from kd_lightning.losses import KD, CurriculumTemperature, HardLabel
 from kd_lightning.schedules import cosine, linear, step, warmup
 from tests.losses.reference import softmax
 from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, trainer, weights
@@ -213,6 +213,25 @@ def test_a_temperature_schedule_without_a_temperature_is_refused(loss, losses, m
     with pytest.raises(ValueError, match=message):
         fit.fit(distillation(losses=losses), loader())
     assert fit.global_step == 0
+
+
+@pytest.mark.parametrize("name", [None, "ctkd"])
+def test_a_temperature_that_is_learnt_is_not_scheduled(name: str | None) -> None:
+    module = distillation(losses={"ctkd": CurriculumTemperature(KD())})
+    fit = trainer(callbacks=[TemperatureSchedule(linear(8, 1), name)])
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"losses \['ctkd'\] learn their temperature, expected one that is a number"):
+        fit.fit(module, loader())
+    assert fit.global_step == 0
+    assert_equal(weights(module), before)
+
+
+@pytest.mark.parametrize("name", [None, "kd"])
+def test_of_several_losses_those_with_a_number_are_scheduled(name: str | None) -> None:
+    module = distillation(losses={"ctkd": CurriculumTemperature(KD(), strength=0.0), "kd": KD(4.0)})
+    trainer(callbacks=[TemperatureSchedule(linear(8, 3), name)]).fit(module, loader(16))
+    assert module.losses.kd.temperature == 5.5
+    assert module.losses.ctkd.temperature.item() == pytest.approx(1 + 20 / (1 + math.exp(-1)))
 
 
 def test_a_schedule_that_leaves_the_positive_temperatures_is_stopped() -> None:
