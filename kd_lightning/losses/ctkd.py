@@ -12,7 +12,7 @@ class CurriculumTemperature(DistillationLoss):
 
     The student lowers the loss, θ raises it: the gradient that reaches θ is the true one times −``strength``. The
     authors raise the strength from 0 to 1 along a cosine in the first 10 of 240 epochs: schedule
-    ``losses.<name>.strength``, as ``callbacks=curriculum_temperature`` does. Their code writes the factor as a λ that
+    ``losses.<name>.strength``, as ``callbacks=[curriculum_temperature]`` does. Their code writes the factor as a λ that
     falls from 0 to −1; here a negative strength is refused, as it would train T with the student. Their variant with a
     temperature for each sample is not here.
 
