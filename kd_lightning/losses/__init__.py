@@ -15,6 +15,7 @@ from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.standardize import standardize_logits
+from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.vid import VID, vid
 
@@ -40,6 +41,7 @@ __all__ = [
     "SkewedForwardKL",
     "SkewedReverseKL",
     "SymmetricKL",
+    "TopKKL",
     "TotalVariation",
     "activation_boundary",
     "batch_correlation",
@@ -52,12 +54,14 @@ __all__ = [
     "hint",
     "jensen_shannon",
     "kd",
+    "missing_mass",
     "partial_l2",
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "standardize_logits",
     "symmetric_kl",
+    "top_k_kl",
     "total_variation",
     "vid",
 ]
