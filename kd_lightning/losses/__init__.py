@@ -17,6 +17,7 @@ from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skew
 from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
+from kd_lightning.losses.uld import ULD, sorted_probabilities
 from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "KD",
     "MLKD",
     "OFD",
+    "ULD",
     "VID",
     "CurriculumTemperature",
     "DeiTHard",
@@ -59,6 +61,7 @@ __all__ = [
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "sorted_probabilities",
     "standardize_logits",
     "symmetric_kl",
     "top_k_kl",
