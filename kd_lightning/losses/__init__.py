@@ -12,6 +12,7 @@ from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
 from kd_lightning.losses.ofd import OFD, partial_l2
+from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
@@ -28,6 +29,7 @@ __all__ = [
     "KD",
     "MLKD",
     "OFD",
+    "PKT",
     "RKD",
     "ULD",
     "VID",
@@ -60,6 +62,7 @@ __all__ = [
     "kd",
     "missing_mass",
     "partial_l2",
+    "pkt",
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
