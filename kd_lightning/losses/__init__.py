@@ -16,6 +16,7 @@ from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
+from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
@@ -31,6 +32,7 @@ __all__ = [
     "OFD",
     "PKT",
     "RKD",
+    "SP",
     "ULD",
     "VID",
     "CurriculumTemperature",
@@ -66,6 +68,7 @@ __all__ = [
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
+    "similarity_preserving",
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "sorted_probabilities",
