@@ -4,6 +4,7 @@ from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.deit import DeiTHard, deit_hard
+from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.ft import FT, factor_transfer
 from kd_lightning.losses.hard_label import HardLabel, hard_label
@@ -25,6 +26,7 @@ from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
     "AB",
+    "DIST",
     "DKD",
     "FT",
     "KD",
@@ -55,6 +57,7 @@ __all__ = [
     "batch_correlation",
     "class_correlation",
     "deit_hard",
+    "dist",
     "dkd",
     "factor_transfer",
     "forward_kl",
