@@ -11,6 +11,7 @@ from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
+from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
 from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
@@ -30,6 +31,7 @@ __all__ = [
     "DKD",
     "FT",
     "KD",
+    "MGD",
     "MLKD",
     "OFD",
     "PKT",
@@ -65,6 +67,7 @@ __all__ = [
     "hint",
     "jensen_shannon",
     "kd",
+    "mgd",
     "missing_mass",
     "partial_l2",
     "pkt",
