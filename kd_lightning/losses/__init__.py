@@ -17,6 +17,7 @@ from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
+from kd_lightning.losses.simkd import ReusedClassifier, SimKD
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
@@ -49,7 +50,9 @@ __all__ = [
     "JensenShannon",
     "LayersLoss",
     "LogitLoss",
+    "ReusedClassifier",
     "ReverseKL",
+    "SimKD",
     "SkewedForwardKL",
     "SkewedReverseKL",
     "SymmetricKL",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_weights
+from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
@@ -21,6 +23,7 @@ from kd_lightning.pipeline.latency import parameters, size_mb
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder, fingerprint_of
+from kd_lightning.preflight import dry_run
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import relative_entropy
@@ -123,9 +126,12 @@ def run_stage(
     """
     data = recipe.training_data()
     folder = StageFolder(stages, recipe, fingerprint_of(recipe, data, teacher))
+    finished = partial(
+        Finished, recipe=recipe, folder=folder, architecture=partial(_architecture, recipe, data, teacher)
+    )
     result = folder.read()
     if result is not None:
-        return Finished(recipe=recipe, result=result, folder=folder, reused=True)
+        return finished(result=result, reused=True)
     logger = make_logger(folder.run_id)
     if is_rank_zero():
         folder.remember(logger.run_id if logger is not None else None)
@@ -142,7 +148,16 @@ def run_stage(
         trainer.strategy.barrier("the stage's files are written")
     result = folder.read()
     assert result is not None
-    return Finished(recipe=recipe, result=result, folder=folder, reused=False)
+    return finished(result=result, reused=False)
+
+
+def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> nn.Module:
+    network, objective = recipe.network(), DistillationObjective(recipe.losses())
+    if teacher is not None and objective.changes_student:
+        data.prepare_data()
+        batches = loader_batches(data.train_dataloader())
+        dry_run(batches, network, Teacher(teacher.network()), objective, Classification())
+    return network
 
 
 def _epochs_between_checkpoints(data: LightningDataModule) -> int:

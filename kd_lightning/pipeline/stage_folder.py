@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,10 +97,12 @@ class Finished:
     result: Result
     folder: StageFolder
     reused: bool
+    architecture: Callable[[], nn.Module]
+    """Makes the network as it was trained: the recipe's, but for a loss that changes the student's architecture."""
 
     def network(self) -> nn.Module:
         """Make the trained network anew, on the CPU."""
-        network = self.recipe.network()
+        network = self.architecture()
         load_weights(network, self.folder.weights)
         return network.eval()
 
