@@ -1,6 +1,7 @@
 """Distillation losses: for each method the function (the formula) and the module (weight, layers, projectors)."""
 
 from kd_lightning.losses.ab import AB, activation_boundary
+from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.deit import DeiTHard, deit_hard
@@ -28,6 +29,7 @@ from kd_lightning.losses.vid import VID, vid
 
 __all__ = [
     "AB",
+    "AT",
     "DIST",
     "DKD",
     "FT",
@@ -59,6 +61,7 @@ __all__ = [
     "TopKKL",
     "TotalVariation",
     "activation_boundary",
+    "attention_transfer",
     "batch_correlation",
     "class_correlation",
     "deit_hard",
