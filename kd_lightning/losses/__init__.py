@@ -16,6 +16,7 @@ from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
 from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
+from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.simkd import ReusedClassifier, SimKD
@@ -54,6 +55,7 @@ __all__ = [
     "LogitLoss",
     "ReusedClassifier",
     "ReverseKL",
+    "ReviewKD",
     "SimKD",
     "SkewedForwardKL",
     "SkewedReverseKL",
@@ -70,6 +72,7 @@ __all__ = [
     "factor_transfer",
     "forward_kl",
     "hard_label",
+    "hierarchical_context",
     "hint",
     "jensen_shannon",
     "kd",
