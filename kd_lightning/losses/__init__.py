@@ -14,6 +14,7 @@ from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
 from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
+from kd_lightning.losses.nst import NST, nst
 from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
@@ -37,6 +38,7 @@ __all__ = [
     "KD",
     "MGD",
     "MLKD",
+    "NST",
     "OFD",
     "PKT",
     "RKD",
@@ -78,6 +80,7 @@ __all__ = [
     "kd",
     "mgd",
     "missing_mass",
+    "nst",
     "partial_l2",
     "pkt",
     "reverse_kl",
