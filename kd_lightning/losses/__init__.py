@@ -7,6 +7,7 @@ from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
+from kd_lightning.losses.fsp import FSP, fsp
 from kd_lightning.losses.ft import FT, factor_transfer
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
@@ -34,6 +35,7 @@ __all__ = [
     "AT",
     "DIST",
     "DKD",
+    "FSP",
     "FT",
     "KD",
     "MGD",
@@ -73,6 +75,7 @@ __all__ = [
     "dkd",
     "factor_transfer",
     "forward_kl",
+    "fsp",
     "hard_label",
     "hierarchical_context",
     "hint",
