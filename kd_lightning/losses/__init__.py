@@ -4,6 +4,7 @@ from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.ctkd import CurriculumTemperature
+from kd_lightning.losses.cwd import CWD, cwd
 from kd_lightning.losses.deit import DeiTHard, deit_hard
 from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
@@ -33,6 +34,7 @@ from kd_lightning.losses.vid import VID, vid
 __all__ = [
     "AB",
     "AT",
+    "CWD",
     "DIST",
     "DKD",
     "FSP",
@@ -70,6 +72,7 @@ __all__ = [
     "attention_transfer",
     "batch_correlation",
     "class_correlation",
+    "cwd",
     "deit_hard",
     "dist",
     "dkd",
