@@ -3,6 +3,7 @@
 from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
+from kd_lightning.losses.cc import CC, correlation_congruence
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.cwd import CWD, cwd
 from kd_lightning.losses.deit import DeiTHard, deit_hard
@@ -34,6 +35,7 @@ from kd_lightning.losses.vid import VID, vid
 __all__ = [
     "AB",
     "AT",
+    "CC",
     "CWD",
     "DIST",
     "DKD",
@@ -72,6 +74,7 @@ __all__ = [
     "attention_transfer",
     "batch_correlation",
     "class_correlation",
+    "correlation_congruence",
     "cwd",
     "deit_hard",
     "dist",
