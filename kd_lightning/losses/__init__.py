@@ -29,6 +29,7 @@ from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
+from kd_lightning.losses.ttm import TTM, ttm
 from kd_lightning.losses.uld import ULD, sorted_probabilities
 from kd_lightning.losses.vid import VID, vid
 
@@ -49,6 +50,7 @@ __all__ = [
     "PKT",
     "RKD",
     "SP",
+    "TTM",
     "ULD",
     "VID",
     "CurriculumTemperature",
@@ -103,5 +105,6 @@ __all__ = [
     "symmetric_kl",
     "top_k_kl",
     "total_variation",
+    "ttm",
     "vid",
 ]
