@@ -32,6 +32,7 @@ from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.ttm import TTM, ttm
 from kd_lightning.losses.uld import ULD, sorted_probabilities
 from kd_lightning.losses.vid import VID, vid
+from kd_lightning.losses.wkd_logits import WKDLogits, wkd_logits
 
 __all__ = [
     "AB",
@@ -72,6 +73,7 @@ __all__ = [
     "SymmetricKL",
     "TopKKL",
     "TotalVariation",
+    "WKDLogits",
     "activation_boundary",
     "attention_transfer",
     "batch_correlation",
@@ -107,4 +109,5 @@ __all__ = [
     "total_variation",
     "ttm",
     "vid",
+    "wkd_logits",
 ]
