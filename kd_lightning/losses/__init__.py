@@ -17,6 +17,7 @@ from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
 from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
+from kd_lightning.losses.nkd import NKD, nkd
 from kd_lightning.losses.nst import NST, nst
 from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
@@ -46,6 +47,7 @@ __all__ = [
     "KD",
     "MGD",
     "MLKD",
+    "NKD",
     "NST",
     "OFD",
     "PKT",
@@ -93,6 +95,7 @@ __all__ = [
     "kd",
     "mgd",
     "missing_mass",
+    "nkd",
     "nst",
     "partial_l2",
     "pkt",
