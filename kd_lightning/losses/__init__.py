@@ -33,6 +33,7 @@ from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.ttm import TTM, ttm
 from kd_lightning.losses.uld import ULD, sorted_probabilities
 from kd_lightning.losses.vid import VID, vid
+from kd_lightning.losses.wkd_features import WKDFeatures, wkd_features
 from kd_lightning.losses.wkd_logits import WKDLogits, wkd_logits
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "SymmetricKL",
     "TopKKL",
     "TotalVariation",
+    "WKDFeatures",
     "WKDLogits",
     "activation_boundary",
     "attention_transfer",
@@ -112,5 +114,6 @@ __all__ = [
     "total_variation",
     "ttm",
     "vid",
+    "wkd_features",
     "wkd_logits",
 ]
