@@ -24,7 +24,7 @@ from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
-from kd_lightning.losses.simkd import ReusedClassifier, SimKD
+from kd_lightning.losses.simkd import SimKD
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
@@ -67,7 +67,6 @@ __all__ = [
     "JensenShannon",
     "LayersLoss",
     "LogitLoss",
-    "ReusedClassifier",
     "ReverseKL",
     "ReviewKD",
     "SimKD",

@@ -68,10 +68,10 @@ class SimKD(FeatureLoss):
     def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
         assert teacher is not None
         replaced = find_layer(student, self.student_classifier)
-        if isinstance(replaced, ReusedClassifier):
+        if isinstance(replaced, _ReusedClassifier):
             return  # changed before, by change() or by an earlier training
         place = next(student.parameters())
-        classifier = ReusedClassifier(deepcopy(find_layer(teacher, self.teacher_classifier)))
+        classifier = _ReusedClassifier(deepcopy(find_layer(teacher, self.teacher_classifier)))
         layer = OrderedDict(layer=find_layer(student, self.student_layers[0]), projector=self._projector.pop())
         _replace(student, self.student_layers[0], nn.Sequential(layer).to(place.device, place.dtype))
         _replace(student, self.student_classifier, classifier.to(place.device, place.dtype))
@@ -91,14 +91,14 @@ class SimKD(FeatureLoss):
         return hint(*same_size(*self.features(student, teacher)))
 
 
-class ReusedClassifier(nn.Sequential):
+class _ReusedClassifier(nn.Sequential):
     """A teacher's classifier in a student: frozen, and in eval mode whatever the student is in."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__(classifier)
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "ReusedClassifier":
+    def train(self, mode: bool = True) -> "_ReusedClassifier":
         return super().train(False)
 
 
