@@ -23,6 +23,7 @@ from kd_lightning.losses.ofd import OFD, partial_l2
 from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
+from kd_lightning.losses.rld import RLD, rld
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.simkd import SimKD
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
@@ -53,6 +54,7 @@ __all__ = [
     "OFD",
     "PKT",
     "RKD",
+    "RLD",
     "SP",
     "TTM",
     "ULD",
@@ -103,6 +105,7 @@ __all__ = [
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
+    "rld",
     "similarity_preserving",
     "skewed_forward_kl",
     "skewed_reverse_kl",
