@@ -38,8 +38,8 @@ class WKDFeatures(FeatureLoss):
     """Match the Gaussian that each channel's values over space follow, wherever in the map they are.
 
     A learnt 1×1 convolution takes the student's channels to the teacher's; the authors let batch norm and a ReLU follow
-    it, which is not done here. Heights and widths may differ. The authors can also compare the cells of a coarse grid
-    in place of the whole map, which is their setting on CIFAR-100 and the only one here.
+    it, which is not done here. Heights and widths may differ. The authors' code can also compare the cells of a coarse
+    grid one by one; here, as in their runs on CIFAR-100, the whole map is the one cell.
 
     Args:
         student_layer: The student's layer, of maps.

@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from kd_lightning import Outputs
+from kd_lightning import Distillation, Outputs
 from kd_lightning.callbacks import HyperparameterSchedule
-from kd_lightning.losses import KD, MLKD, CurriculumTemperature, DistillationLoss, HardLabel, kd
+from kd_lightning.losses import DKD, KD, MLKD, CurriculumTemperature, DistillationLoss, HardLabel, dkd, kd
 from kd_lightning.schedules import cosine, linear
 from tests.losses.reference import numerical_gradient, softmax, wave
-from tests.tiny import distillation, loader, trainer
+from tests.tiny import assert_equal, distillation, good_teacher, loader, network, sgd, trainer, weights
 
 STUDENT, TEACHER = wave((8, 10), 0.7, 0.1), wave((8, 10), 1.3, 0.5)
 
@@ -74,6 +75,20 @@ def test_the_value_is_the_other_losss_at_the_learnt_temperature(minimum: float, 
     expected = temperature_at(theta, minimum, span)
     assert loss.temperature.item() == pytest.approx(expected, rel=1e-12)
     assert value(loss).item() == pytest.approx(kd_by_loops(expected), rel=1e-12)
+
+
+def test_any_loss_that_softens_by_its_temperature_can_be_wrapped() -> None:
+    loss = CurriculumTemperature(DKD(alpha=1.0, beta=8.0, temperature=2.0), minimum=2.0, span=4.0).double()
+    assert loss.needs_labels
+    labels = torch.arange(8)
+    found = loss(Outputs(STUDENT), Outputs(TEACHER), labels)
+    at = [
+        dkd(STUDENT, TEACHER, labels, alpha=1.0, beta=8.0, temperature=temperature_at(x, 2.0, 4.0))
+        for x in (1, 1.001, 0.999)
+    ]
+    assert found.item() == pytest.approx(at[0].item(), rel=1e-12)
+    found.backward()
+    assert loss.theta.grad.item() == pytest.approx(-(at[1] - at[2]).item() / 0.002, rel=1e-5)
 
 
 @pytest.mark.parametrize("strength", [0.25, 1.0, 3.0])
@@ -229,6 +244,35 @@ def test_a_fit_trains_theta_saves_it_and_logs_the_temperature(tmp_path: Path) ->
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["losses"]["losses.ctkd.theta"].item() == theta.item() != 1
     assert not any("theta" in name for name in saved["state_dict"])
+
+
+class Plain(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch, _) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self.parameters())
+
+
+def test_the_callback_around_a_plain_module_trains_theta_and_resumes_it(tmp_path: Path) -> None:
+    def run(resume: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        module = Plain()
+        distil = Distillation(good_teacher(), {"ctkd": CurriculumTemperature(KD())}, student="net")
+        saving = [] if resume else [ModelCheckpoint(tmp_path, save_top_k=-1)]
+        callbacks = [distil, HyperparameterSchedule("losses.ctkd.strength", linear(0.0, 1.0)), *saving]
+        fit = trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=True, default_root_dir=tmp_path)
+        fit.fit(module, loader(24), ckpt_path=resume, weights_only=True)
+        return weights(module), weights(distil.objective)
+
+    student, losses = run()
+    assert losses["losses.ctkd.theta"].item() != 1
+    again = run(str(tmp_path / "epoch=0-step=3.ckpt"))
+    assert_equal(again[0], student)
+    assert_equal(again[1], losses)
 
 
 def test_the_temperature_of_the_other_loss_is_not_scheduled() -> None:
