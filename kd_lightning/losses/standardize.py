@@ -14,4 +14,7 @@ def standardize_logits(logits: Tensor) -> Tensor:
     Shape: (B, C), (B, S, V) or (B, C, H, W); unchanged. Constant logits become zero.
     """
     classes = class_dim(logits)
-    return (logits - logits.mean(classes, keepdim=True)) / (1e-7 + logits.std(classes, keepdim=True))
+    centred = logits - logits.mean(classes, keepdim=True)
+    # Once more: what the first mean lost in rounding would be divided by 1e-7 where the logits are constant.
+    centred = centred - centred.mean(classes, keepdim=True)
+    return centred / (1e-7 + logits.std(classes, keepdim=True))
