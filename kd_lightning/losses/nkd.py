@@ -1,4 +1,7 @@
-"""Normalized KD (NKD; "From KD to Self-KD", Yang et al., ICCV 2023), https://arxiv.org/abs/2303.13005."""
+"""From Knowledge Distillation to Self-Knowledge Distillation (NKD; Yang et al., ICCV 2023).
+
+https://arxiv.org/abs/2303.13005
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
