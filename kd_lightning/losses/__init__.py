@@ -4,6 +4,7 @@ from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.cc import CC, correlation_congruence
+from kd_lightning.losses.crd import CRD, crd
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.cwd import CWD, cwd
 from kd_lightning.losses.deit import DeiTHard, deit_hard
@@ -42,6 +43,7 @@ __all__ = [
     "AB",
     "AT",
     "CC",
+    "CRD",
     "CWD",
     "DIST",
     "DKD",
@@ -85,6 +87,7 @@ __all__ = [
     "batch_correlation",
     "class_correlation",
     "correlation_congruence",
+    "crd",
     "cwd",
     "deit_hard",
     "dist",
