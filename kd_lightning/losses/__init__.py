@@ -7,7 +7,7 @@ from kd_lightning.losses.cc import CC, correlation_congruence
 from kd_lightning.losses.crd import CRD, crd
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.cwd import CWD, cwd
-from kd_lightning.losses.deit import DeiTHard, deit_hard
+from kd_lightning.losses.deit import DeiTHard, DeiTSoft, deit_hard, deit_soft
 from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.fsp import FSP, fsp
@@ -17,6 +17,7 @@ from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
+from kd_lightning.losses.logits_mse import LogitsMSE, logits_mse
 from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
 from kd_lightning.losses.nkd import NKD, nkd
@@ -64,6 +65,7 @@ __all__ = [
     "VID",
     "CurriculumTemperature",
     "DeiTHard",
+    "DeiTSoft",
     "DistillationLoss",
     "FeatureLoss",
     "ForwardKL",
@@ -72,6 +74,7 @@ __all__ = [
     "JensenShannon",
     "LayersLoss",
     "LogitLoss",
+    "LogitsMSE",
     "ReverseKL",
     "ReviewKD",
     "SimKD",
@@ -90,6 +93,7 @@ __all__ = [
     "crd",
     "cwd",
     "deit_hard",
+    "deit_soft",
     "dist",
     "dkd",
     "factor_transfer",
@@ -101,6 +105,7 @@ __all__ = [
     "hint",
     "jensen_shannon",
     "kd",
+    "logits_mse",
     "mgd",
     "missing_mass",
     "nkd",
