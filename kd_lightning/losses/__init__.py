@@ -3,6 +3,7 @@
 from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
+from kd_lightning.losses.cat_kd import CATKD, class_attention_transfer
 from kd_lightning.losses.cc import CC, correlation_congruence
 from kd_lightning.losses.crd import CRD, crd
 from kd_lightning.losses.ctkd import CurriculumTemperature
@@ -43,6 +44,7 @@ from kd_lightning.losses.wkd_logits import WKDLogits, wkd_logits
 __all__ = [
     "AB",
     "AT",
+    "CATKD",
     "CC",
     "CRD",
     "CWD",
@@ -88,6 +90,7 @@ __all__ = [
     "activation_boundary",
     "attention_transfer",
     "batch_correlation",
+    "class_attention_transfer",
     "class_correlation",
     "correlation_congruence",
     "crd",
