@@ -3,8 +3,27 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_same_shape, rows
-from kd_lightning.outputs import Outputs
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, padding, rows
+from kd_lightning.losses.kd import kd
+from kd_lightning.outputs import Outputs, class_dim
+
+
+def deit_soft(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *, temperature: float = 3.0
+) -> Tensor:
+    """T²·KL(softmax(z_t / T) ‖ softmax(z_s / T)) / (B·C), the second term of eq. 2 as the authors' code takes it.
+
+    It divides by the number of classes too: :func:`~kd_lightning.losses.kd` is C times as large.
+
+    Shape:
+        student_logits, teacher_logits: (B, C), (B, S, V) or (B, C, H, W), averaged over samples, tokens or pixels.
+        target: Of those, -100 where one does not count; zero, with a gradient of zero, where none does.
+
+    Raises:
+        ValueError: For a temperature ≤ 0 or unequal shapes.
+    """
+    classes = student_logits.shape[class_dim(student_logits)]
+    return kd(student_logits, teacher_logits, target, temperature=temperature) / classes
 
 
 def deit_hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -15,6 +34,28 @@ def deit_hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     check_same_shape(student_logits, teacher_logits)
     return F.cross_entropy(rows(student_logits), rows(teacher_logits).argmax(-1))
+
+
+class DeiTSoft(LogitLoss):
+    """:class:`KD` divided by the number of classes; see :func:`deit_soft`.
+
+    Samples and pixels without label count, tokens that are ignored do not. The authors give it a head of its own, on a
+    distillation token; here it reads the student's logits.
+
+    Args:
+        temperature: T > 0, of both sides and of the factor T².
+        weight: Factor of the term.
+        standardize: See :class:`~kd_lightning.losses.LogitLoss`.
+    """
+
+    def __init__(self, temperature: float = 3.0, weight: float = 1.0, standardize: bool = False) -> None:
+        super().__init__(weight, standardize)
+        check_temperature(temperature)
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        tokens = padding(student.logits, target)
+        return deit_soft(*self.logits(student, teacher), tokens, temperature=self.temperature)
 
 
 class DeiTHard(LogitLoss):
