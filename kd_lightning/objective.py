@@ -43,6 +43,7 @@ class DistillationObjective(nn.Module):
                 raise TypeError(f"loss {name!r} is a {type(loss).__name__}, expected a DistillationLoss: subclass it")
         self.losses = nn.ModuleDict(losses)
         self._built = False
+        self._attached: tuple[nn.Module, ...] = ()  # a tuple: the student is no submodule
 
     def named_losses(self) -> dict[str, DistillationLoss]:
         return {name: loss for name, loss in self.losses.items() if isinstance(loss, DistillationLoss)}
@@ -76,14 +77,22 @@ class DistillationObjective(nn.Module):
         teacher_network: nn.Module | None = None,
     ) -> None:
         """Create the losses' parameters from the outputs of a dry forward pass; once, a second fit trains them on."""
-        if self._built:
+        if not self._built:
+            for name, loss in self.named_losses().items():
+                with _errors_name(name, loss):
+                    loss.build(student, teacher)
+            self._built = True
+        if student_network is not None:
+            self.attach(student_network, teacher_network)
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Show the losses the networks; again only when the student is another object than the last time."""
+        if self._attached and self._attached[0] is student:
             return
         for name, loss in self.named_losses().items():
             with _errors_name(name, loss):
-                loss.build(student, teacher)
-                if student_network is not None:
-                    loss.attach(student_network, teacher_network)
-        self._built = True
+                loss.attach(student, teacher)
+        self._attached = (student,)
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, target: Tensor | None

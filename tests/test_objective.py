@@ -123,6 +123,41 @@ def test_losses_that_need_no_teacher_do_without() -> None:
     assert DistillationObjective({"hard_label": HardLabel(), "kd": KD()}).needs_teacher
 
 
+class Attached(KD):
+    """Notes what it is given, in which order; refuses a network without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[object] = []
+
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        self.calls.append("build")
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        if not hasattr(student, "weight"):
+            raise ValueError("no weight")
+        self.calls += [student, teacher]
+
+
+def test_losses_are_built_once_and_shown_each_student_once() -> None:
+    one, other, teacher = (nn.Linear(1, 1) for _ in range(3))
+    objective = DistillationObjective({"kd": (loss := Attached())})
+    for student in (one, one, other):
+        objective.build(Outputs(STUDENT), Outputs(TEACHER), student, teacher)
+    objective.attach(other, teacher)
+    assert loss.calls == ["build", one, teacher, other, teacher]
+    assert not list(objective.parameters())
+    assert not objective.state_dict()
+
+
+def test_an_error_in_attach_says_which_loss_it_is_about() -> None:
+    objective = DistillationObjective({"mine": (loss := Attached())})
+    with pytest.raises(ValueError, match="loss 'mine': no weight"):
+        objective.build(Outputs(STUDENT), Outputs(TEACHER), nn.ReLU(), None)
+    objective.build(Outputs(STUDENT), Outputs(TEACHER), student := nn.Linear(1, 1), None)
+    assert loss.calls == ["build", student, None]
+
+
 def test_the_layers_of_all_losses_are_asked_for_once() -> None:
     objective = DistillationObjective({"a": Hint("x", "p"), "b": Hint("y", "p"), "c": Hint("x", "q"), "kd": KD()})
     assert objective.student_layers == ("x", "y")

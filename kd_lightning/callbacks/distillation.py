@@ -150,6 +150,7 @@ class Distillation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._place_teacher(pl_module)
+        self.objective.attach(self._tap.student_of(pl_module), self.teacher.network)
         optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in optimized]
         if missing:
@@ -324,10 +325,19 @@ class Distillation(Callback):
         student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()}, samples)
         target = self._task.target(batch)
         check_outputs(self.objective, student, teacher, target, self._task)
-        self.objective.build(student, teacher, self._tap.student_of(trial.module), self.teacher.network)
+        self.objective.build(student, teacher, self._student_to_attach(module, trial), self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         if first.target is not None:
             check_labels(first.target, student.logits.shape[class_dim(student.logits)], self._task)
+
+    def _student_to_attach(self, module: LightningModule, trial: Trial) -> nn.Module:
+        """Return the student itself, or the copy where the module makes it, or parts of it, only after this setup."""
+        copied = self._tap.student_of(trial.module)
+        try:
+            student = self._tap.student_of(module)
+        except ValueError:
+            return copied
+        return student if dict(student.named_modules()).keys() == dict(copied.named_modules()).keys() else copied
 
     def _teacher_arguments(self, batch: Any, seen: Seen) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return seen.inputs[0] if self._tap.inputs else self._task.arguments(batch)

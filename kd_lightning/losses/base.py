@@ -58,7 +58,12 @@ class DistillationLoss(nn.Module):
         """Create the parameters whose shapes follow from the networks' outputs. Called once; nothing by default."""
 
     def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Read from the networks what their outputs do not show. Called once, after :meth:`build`."""
+        """Read from the networks what their outputs do not show. Called after :meth:`build`.
+
+        Called again whenever the student is another object: in another ``fit``, and by ``Distillation`` when the
+        student is made after the callbacks' ``setup``, which had to show a copy. Parameters are made in :meth:`build`
+        only.
+        """
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         """Return the unweighted scalar.

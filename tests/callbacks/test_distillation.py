@@ -253,6 +253,50 @@ def test_a_network_made_in_setup_or_configure_model_is_found() -> None:
     assert_equal(*ends)
 
 
+class Shown(KD):
+    """Notes which networks it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks: list[tuple[nn.Module, nn.Module]] = []
+
+    def attach(self, student, teacher):
+        self.networks.append((student, teacher))
+
+
+def test_losses_are_shown_the_student_that_is_trained_and_not_its_copy() -> None:
+    class Late(Existing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = None
+
+        def setup(self, stage: str) -> None:
+            self.net = network()
+
+    class Partly(Existing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.head = None
+
+        def configure_model(self) -> None:
+            self.net.head = self.net.head or nn.Linear(8, 4)
+
+    loss = Shown()
+    module, callback = make(losses={"kd": loss})
+    fit(module, callback)
+    assert [(s is module.net, t is callback.teacher.network) for s, t in loss.networks] == [(True, True)]
+    fit(module, callback)
+    assert len(loss.networks) == 1
+    other, _ = make()
+    fit(other, callback)
+    assert len(loss.networks) == 2
+    assert loss.networks[-1][0] is other.net
+    for kind in (Late, Partly):
+        module, callback = make(kind(), losses={"kd": (loss := Shown())})
+        fit(module, callback)
+        assert [s is module.net for s, _ in loss.networks] == [False, True]  # the copy's outputs come before
+
+
 def test_a_step_that_wants_a_running_training_is_no_obstacle(tmp_path: Path) -> None:
     class Curious(Existing):
         def training_step(self, batch, batch_idx):
