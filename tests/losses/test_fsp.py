@@ -30,6 +30,15 @@ def outputs(**features: Tensor) -> Outputs:
     return Outputs(torch.zeros(2, 2, dtype=torch.float64), features)
 
 
+def test_value_of_the_code_of_published_tables() -> None:
+    """Of HobbitLong/RepDistiller:distiller_zoo/FSP.py, where the first map is the larger."""
+    student, teacher = (
+        (wave((4, 6, 8, 8), *first), wave((4, 10, 4, 4), *second))
+        for first, second in (((0.37, 0.2), (0.41, 0.3)), ((0.53, 0.9), (0.61, 0.8)))
+    )
+    assert fsp(student, teacher).item() == pytest.approx(1.84451198781191, rel=1e-12)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_value_and_gradient_equal_the_formula_for_other_sizes_and_widths(index: int) -> None:
     student = [x.clone().requires_grad_() for x in STUDENT]
