@@ -13,8 +13,8 @@ from kd_lightning.outputs import Outputs
 def factor_transfer(student: Tensor, teacher: Tensor, *, p1: int = 2, p2: int = 1) -> Tensor:
     """|q_s − q_t|^p2, averaged over samples and positions; q is the mean of f^p1 over channels, over its L2 norm.
 
-    As in the code of the published tables; the paper normalises the factors f themselves (p1 = 1), each channel for
-    itself.
+    As in the code of the published CIFAR-100 tables. The authors' own normalises the factors as they are, over channels
+    and positions together, and so compares channel with channel.
 
     Shape:
         student: factors (B, K, H, W); teacher: (B, L, H, W). K and L may differ.

@@ -86,7 +86,8 @@ class OFD(LayersLoss):
         terms = []
         for i, (pair, connector) in enumerate(zip(self.pairs(student, teacher), self.connectors, strict=True)):
             s, t = same_size(*pair)
-            terms.append(partial_l2(project(connector, s), t, margin=self.get_buffer(f"margin{i}").to(t.dtype)))
+            margin = self.get_buffer(f"margin{i}").to(t)  # made where the teacher was at that time
+            terms.append(partial_l2(project(connector, s), t, margin=margin))
         return torch.stack([term / 2**i for i, term in enumerate(reversed(terms))]).sum()
 
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import Outputs
+from kd_lightning import Distillation, Outputs
 from kd_lightning.data import WithIds
 from kd_lightning.losses import CRD, crd
 from kd_lightning.outputs import Samples
 from tests.losses.reference import numerical_gradient, wave
-from tests.tiny import assert_equal, distillation, loader, network, samples, trainer, weights
+from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, sgd, trainer, weights
 
 TOTAL = 11
 STUDENT, TEACHER = wave((4, 3), 0.37, 0.2), wave((4, 5), 0.53, 0.9)
@@ -333,6 +333,34 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert_equal(*states)
     assert states[0]["losses.crd.step"].item() == 8
     assert (states[0]["losses.crd.labels"] == samples(32)[1]).all()
+
+
+class Plain(LightningModule):
+    """Knows nothing of ids."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.net = network(seed, dropout=0.2)
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return sgd(self.parameters())
+
+
+def test_so_it_is_in_a_module_that_stays_as_it_is(tmp_path: Path) -> None:
+    states = []
+    for seed, resume in ((7, None), (8, tmp_path / "epoch=0.ckpt")):
+        seed_everything(seed)
+        module, loss = Plain(seed), CRD("act", feature_dim=8, negatives=12, tau=0.2, weight=0.1)
+        distil = Distillation(good_teacher(), {"crd": loss}, student="net")
+        keep = ModelCheckpoint(tmp_path if resume is None else tmp_path / "again", filename="{epoch}", save_top_k=-1)
+        fit = trainer(max_epochs=2, callbacks=[distil, keep], enable_checkpointing=True)
+        fit.fit(module, identified(shuffle=True), ckpt_path=resume, weights_only=True if resume else None)
+        states.append({**weights(module), **weights(distil.objective)})
+    assert_equal(*states)
+    assert states[0]["losses.crd.step"].item() == 8
 
 
 def test_a_training_brings_a_samples_embeddings_together() -> None:

@@ -138,6 +138,12 @@ def test_a_normalisation_without_scale_has_that_of_the_standard_normal_distribut
     assert loss.margin0.tolist() == pytest.approx([-math.sqrt(2 / math.pi)] * 3, rel=1e-6)
 
 
+def test_the_margins_are_those_of_the_network_that_was_shown_last() -> None:
+    loss = built([SMALL[:, :1]], [SMALL_TEACHER[:, :1]], [norm([0.0], [1.0])])
+    loss.attach(nn.Identity(), nn.ModuleDict({"layer0": norm([-0.9], [0.3])}))
+    assert loss.margin0.item() == pytest.approx(mean_of_negatives(-0.9, 0.3), rel=1e-5)
+
+
 def test_the_module_weighs_deep_layers_most_and_connects_the_channels() -> None:
     students = [wave((3, 5, 4, 6), 0.3, 0.1), wave((3, 4, 3, 2), 0.7, 0.4)]
     teachers = [wave((3, 2, 2, 3), 0.5, 0.2), wave((3, 3, 3, 2), 0.9, 0.6)]
