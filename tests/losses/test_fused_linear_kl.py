@@ -164,6 +164,7 @@ def test_teacher_gets_no_gradient() -> None:
     fused(student, teacher).backward()
     assert all(x.grad is not None for x in student)
     assert all(x.grad is None for x in teacher)
+    assert not fused([x.detach() for x in student], teacher).requires_grad
 
 
 @pytest.mark.parametrize("learnt", [(True, False, False), (False, True, False), (False, False, True)])
@@ -220,6 +221,13 @@ def test_under_autocast_it_is_as_right_as_whole_logits_and_gradients_come_in_the
     for x, y in zip(student, expected, strict=True):
         assert x.grad.dtype == torch.float32
         assert (x.grad - y).norm() < 0.02 * y.norm()
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    student, teacher = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fused(student, teacher)
+    assert value.item() == pytest.approx(naive(student, teacher).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

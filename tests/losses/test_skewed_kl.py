@@ -66,6 +66,7 @@ def test_without_skew_it_is_the_plain_divergence_and_so_is_its_gradient(skewed, 
     value.backward()
     expected.backward()
     torch.testing.assert_close(mine.grad, other.grad)
+    assert skewed(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]), lam=0.0) == 2e4
 
 
 @settings(max_examples=25, deadline=None)

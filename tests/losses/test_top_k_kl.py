@@ -168,6 +168,13 @@ def test_a_tail_smaller_than_rounding_keeps_its_digits() -> None:
     assert student.grad[0].tolist() == pytest.approx([0.25, -0.25], rel=1e-6)
 
 
+def test_a_small_missing_mass_keeps_its_digits() -> None:
+    log_probs = torch.log1p(torch.tensor([[-3e-6]], dtype=torch.float64)).float()
+    assert missing_mass(log_probs).item() == pytest.approx(3e-6, rel=1e-6)
+    value = top_k_kl(torch.tensor([[30.0, 0.0]]), torch.tensor([[0]]), log_probs)
+    assert value.item() == pytest.approx(3e-6 * (math.log(3e-6) + 30) - 3e-6, rel=5e-3)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     ranks=st.permutations(range(4)),
