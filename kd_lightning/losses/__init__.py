@@ -1,6 +1,7 @@
 """Distillation losses: for each method the function (the formula) and the module (weight, layers, projectors)."""
 
 from kd_lightning.losses.ab import AB, activation_boundary
+from kd_lightning.losses.abkd import ABKD, alpha_beta_divergence
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.cat_kd import CATKD, class_attention_transfer
@@ -43,6 +44,7 @@ from kd_lightning.losses.wkd_logits import WKDLogits, wkd_logits
 
 __all__ = [
     "AB",
+    "ABKD",
     "AT",
     "CATKD",
     "CC",
@@ -88,6 +90,7 @@ __all__ = [
     "WKDFeatures",
     "WKDLogits",
     "activation_boundary",
+    "alpha_beta_divergence",
     "attention_transfer",
     "batch_correlation",
     "class_attention_transfer",
