@@ -17,7 +17,7 @@ def alpha_beta_divergence(
     *,
     alpha: float,
     beta: float,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """T²·Σ [p_t^(α+β) / (β(α+β)) + p_s^(α+β) / (α(α+β)) − p_t^α·p_s^β / (αβ)], averaged over samples.
 

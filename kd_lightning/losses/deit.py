@@ -9,7 +9,7 @@ from kd_lightning.outputs import Outputs, class_dim
 
 
 def deit_soft(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *, temperature: float = 3.0
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, *, temperature: float | Tensor = 3.0
 ) -> Tensor:
     """T²·KL(softmax(z_t / T) ‖ softmax(z_s / T)) / (B·C), the second term of eq. 2 as the authors' code takes it.
 

@@ -25,7 +25,7 @@ def dist(
     *,
     beta: float = 1.0,
     gamma: float = 1.0,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """τ²·[β·mean_b(1 − ρ(p_s[b], p_t[b])) + γ·mean_c(1 − ρ(p_s[:, c], p_t[:, c]))], p = softmax(z / τ).
 

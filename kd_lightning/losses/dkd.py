@@ -22,7 +22,7 @@ def dkd(
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """T²·[α·TCKD + β·NCKD], averaged over the samples with a label.
 

@@ -19,7 +19,12 @@ from kd_lightning.outputs import Outputs
 
 
 def nkd(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma: float = 1.5, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """−p_t,y·log p_s,y − γT²·Σ_{i≠y} N(p_t)_i·log N(p_s)_i, averaged over the samples with a label.
 

@@ -24,8 +24,8 @@ def rld(
     *,
     alpha: float = 1.0,
     beta: float = 8.0,
-    temperature: float = 4.0,
-    scd_temperature: float = 1.0,
+    temperature: float | Tensor = 4.0,
+    scd_temperature: float | Tensor = 1.0,
 ) -> Tensor:
     """α·T'²·SCD + β·T²·MCD, averaged over the samples with a label y.
 

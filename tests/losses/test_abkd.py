@@ -208,3 +208,10 @@ def test_other_classes_and_a_negative_weight_are_refused() -> None:
         alpha_beta_divergence(STUDENT, TEACHER[:, :9], alpha=1.0, beta=1.0)
     with pytest.raises(ValueError, match="expected weight >= 0, got -1"):
         ABKD(1.0, 1.0, weight=-1)
+
+
+def test_a_learnt_temperature_gets_its_gradient() -> None:
+    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda t: alpha_beta_divergence(STUDENT, TEACHER, alpha=0.8, beta=0.3, temperature=t), temperature
+    )

@@ -191,3 +191,8 @@ def test_soft_refuses_other_classes_and_what_is_not_positive() -> None:
         DeiTSoft(temperature=math.nan)
     with pytest.raises(ValueError, match="expected weight >= 0, got -1"):
         DeiTSoft(weight=-1)
+
+
+def test_a_learnt_temperature_gets_its_gradient() -> None:
+    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: deit_soft(STUDENT, TEACHER, temperature=t), temperature)

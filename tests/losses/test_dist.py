@@ -188,3 +188,8 @@ def test_inputs_that_cannot_be_compared_are_refused() -> None:
         dist(STUDENT, TEACHER[:, :9])
     with pytest.raises(ValueError, match="expected temperature > 0, got -1"):
         dist(STUDENT, TEACHER, temperature=-1)
+
+
+def test_a_learnt_temperature_gets_its_gradient() -> None:
+    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: dist(STUDENT, TEACHER, temperature=t), temperature)

@@ -202,3 +202,8 @@ def test_inputs_that_cannot_be_compared_are_refused() -> None:
         rld(STUDENT, TEACHER, LABELS[:7])
     with pytest.raises(ValueError, match="expected at least 2 classes, got 1"):
         rld(STUDENT[:, :1], TEACHER[:, :1], LABELS * 0)
+
+
+def test_a_learnt_temperature_gets_its_gradient() -> None:
+    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: rld(STUDENT, TEACHER, LABELS, temperature=t), temperature)
