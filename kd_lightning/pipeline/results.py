@@ -36,6 +36,7 @@ class Result:
         target: (N,) true classes.
         val_accuracy: fraction, on the validation split: the only one that choices may look at.
         size_mb: megabytes (10^6 bytes) on disk.
+        temperature: of the first loss that has one, at the last step.
         teacher_entropy: of the teacher's soft targets at `temperature`, as a share of log C.
     """
 

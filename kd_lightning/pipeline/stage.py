@@ -1,7 +1,7 @@
 """One stage: train a network, test it, leave what later stages and the verdict need."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,13 @@ def train(
     folder: StageFolder,
     logger: Logger | None,
     callbacks: list[Callback],
-) -> tuple[float, Trainer]:
-    """Fit the network, from its last checkpoint where there is one; return the seconds that took, over all attempts."""
+) -> tuple[float, dict[str, float], Trainer]:
+    """Fit the network, from its last checkpoint where there is one.
+
+    Returns:
+        The seconds that took, over all attempts; the losses' temperatures at the end (scheduled or learnt ones have
+        moved); the Trainer.
+    """
     data.prepare_data()
     data.setup("fit")
     timer = Timer()
@@ -73,11 +78,16 @@ def train(
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
     module.cpu()
-    return timer.time_elapsed("train"), trainer
+    return timer.time_elapsed("train"), module.objective.temperatures(), trainer
 
 
 def test(
-    recipe: Recipe, network: nn.Module, data: LightningDataModule, teacher: Finished | None, seconds: float
+    recipe: Recipe,
+    network: nn.Module,
+    data: LightningDataModule,
+    teacher: Finished | None,
+    seconds: float,
+    temperatures: Mapping[str, float],
 ) -> Result:
     """Score the network on the validation split and, this once, on the test split."""
     data.setup("validate")
@@ -86,7 +96,7 @@ def test(
     network = network.eval().to(device)
     val_predictions, val_target = _predict(network, data.val_dataloader(), device)
     predictions, target = _predict(network, data.test_dataloader(), device)
-    temperature = next(iter(DistillationObjective(recipe.losses()).temperatures().values()), None)
+    temperature = next(iter(temperatures.values()), None)
     entropy = None
     if teacher is not None and temperature is not None:
         entropy = _teacher_entropy(teacher.network().to(device), data.train_dataloader(), temperature, device)
@@ -136,14 +146,14 @@ def run_stage(
     if is_rank_zero():
         folder.remember(logger.run_id if logger is not None else None)
     seed_everything(recipe.seed, verbose=False)
-    network, seconds, trainer = recipe.network(), 0.0, None
+    network, seconds, temperatures, trainer = recipe.network(), 0.0, dict[str, float](), None
     if recipe.checkpoint is not None:
         load_weights(network, recipe.checkpoint)
         data.prepare_data()
     else:
-        seconds, trainer = train(recipe, network, data, teacher, folder, logger, callbacks)
+        seconds, temperatures, trainer = train(recipe, network, data, teacher, folder, logger, callbacks)
     if is_rank_zero():
-        folder.finish(network, test(recipe, network, data, teacher, seconds))
+        folder.finish(network, test(recipe, network, data, teacher, seconds, temperatures))
     if trainer is not None:
         trainer.strategy.barrier("the stage's files are written")
     result = folder.read()

@@ -37,7 +37,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
             percent(share.mean if share and share.low is not None else None),  # else any share could be true
         ]
         if with_temperature:
-            cells.append(number(model.temperature, "g"))
+            cells.append(number(model.temperature, ".3g"))
         if with_entropy:
             cells.append(percent(model.teacher_entropy))
         cells += [percent(model.recall.get(name)) for name in classes]

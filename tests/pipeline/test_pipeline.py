@@ -179,6 +179,8 @@ def test_composed_losses_schedules_and_unlabelled_images(tmp_path: Path) -> None
     arguments = ["losses=[hard_label,kd,hint]", "losses.hint.student_layer=block3", "losses.hint.teacher_layer=block4"]
     arguments += ["callbacks=[temperature_schedule]", "data.unlabelled=200", "trainer.accumulate_grad_batches=2"]
     kd_lightning(*TINY, *arguments, "stages=[teacher,distilled]", cwd=tmp_path)
+    (result,) = (json.loads(file.read_text()) for file in tmp_path.glob("mlruns/stages/distilled-*/result.json"))
+    assert result["result"]["temperature"] == pytest.approx(8 - 7 * 11 / 12)  # at the last step, not the yaml's
     client, _, (_, distilled) = runs(tmp_path)
     history = client.get_metric_history(distilled.info.run_id, "kd/temperature")
     steps = {point.step: point.value for point in history}
