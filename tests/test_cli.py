@@ -1,5 +1,8 @@
 """What the command line answers."""
 
+import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,19 +12,7 @@ from tests.command import TINY, copied, kd_lightning
 from tests.pipeline.test_pipeline import runs
 
 LOSSES = ", ".join(sorted(file.stem for file in (conf_dir() / "losses").glob("*.yaml")))
-OWN_LOSS = """
-from kd_lightning.losses import DistillationLoss
-
-
-class LogitsMSE(DistillationLoss):
-    def forward(self, student, teacher, target):
-        return (student.logits - teacher.logits).square().mean()
-"""
-OWN_YAML = """
-logits_mse:
-  _target_: my_losses.LogitsMSE
-  weight: 0.5
-"""
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_help_names_the_groups_and_writes_nothing(tmp_path: Path) -> None:
@@ -46,14 +37,20 @@ def test_a_typo_is_answered_with_what_is_there(tmp_path: Path, argument: str, an
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_of_ones_own_is_one_file_and_one_yaml(finished, tmp_path: Path) -> None:
+def test_a_loss_of_ones_own_is_the_readmes_file_yaml_and_command(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
-    (folder / "my_losses.py").write_text(OWN_LOSS)
-    (folder / "my_conf" / "losses").mkdir(parents=True)
-    (folder / "my_conf" / "losses" / "logits_mse.yaml").write_text(OWN_YAML)
-    own = ["hydra.searchpath=[file://my_conf]", "losses=[hard_label,logits_mse]"]
-    printed = kd_lightning(*own, *TINY, "stages=[teacher,distilled]", cwd=folder, PYTHONPATH=str(folder))
-    assert "distilled-logits_mse-s0" in printed
+    section = README.partition("### Your own loss")[2].partition("\n## ")[0]
+    loss, yaml, command = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
+    for content in (loss, yaml):
+        file = folder / content.splitlines()[0].removeprefix("# ")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    python_path, program, *arguments = shlex.split(command)
+    assert (python_path, program) == ("PYTHONPATH=.", "kd-lightning")
+    # Beside what the tests themselves run with.
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    printed = kd_lightning(*arguments, *TINY, "stages=[teacher,distilled]", cwd=folder, PYTHONPATH=path)
+    assert "distilled-logits_l1-s0" in printed
     _, _, children = runs(folder)
     values = children[-1].data.metrics
-    assert values["train/loss_weighted/logits_mse"] == pytest.approx(0.5 * values["train/loss/logits_mse"])
+    assert values["train/loss_weighted/logits_l1"] == pytest.approx(0.5 * values["train/loss/logits_l1"])
