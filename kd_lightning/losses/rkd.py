@@ -90,8 +90,11 @@ def _relative(distances: Tensor) -> Tensor:
 
 
 def _cosines(x: Tensor) -> Tensor:
+    """Return the cosine of the angle at sample i between samples j and k, (B, B, B), by the law of cosines."""
+    # From distances, that of close samples keeps its digits; a Gram matrix of the samples would lose them.
     distances = _distances(x)
-    apart = distances > 0
+    squares = distances.square()
+    apart = squares >= torch.finfo(x.dtype).tiny
     inverse = (1 / distances.where(apart, 1.0)).where(apart, 0.0)
-    directions = (x[None] - x[:, None]) * inverse[..., None]  # (B, B, D): from each sample to each other one
-    return directions @ directions.mT
+    products = (squares[:, :, None] + squares[:, None] - squares) / 2  # ⟨x_j − x_i, x_k − x_i⟩
+    return products * inverse[:, :, None] * inverse[:, None]
