@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_temperature, padding
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, padding
 from kd_lightning.losses.sequence_kl import _counted, _kl, _log_softmax
 from kd_lightning.outputs import Outputs, class_dim, classes_last
 
@@ -92,7 +92,7 @@ class TopKKL(LogitLoss):
         standardize: See :class:`~kd_lightning.losses.LogitLoss`.
 
     Raises:
-        ValueError: For k < 1; in ``forward``, for more than there are classes.
+        ValueError: For k < 1; in ``forward``, for more than there are classes, and for a teacher of other classes.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class TopKKL(LogitLoss):
         self.temperature = temperature
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        check_same_shape(student.logits, teacher.logits)  # the formula sees the best classes' numbers only
         z_s, z_t = self.logits(student, teacher)
         log_t = F.log_softmax(classes_last(z_t), -1)
         if self.k > log_t.shape[-1]:

@@ -235,13 +235,16 @@ def test_shapes_that_do_not_belong_together_are_refused(indices, log_probs) -> N
         top_k_kl(STUDENT, torch.zeros(indices, dtype=torch.long), torch.zeros(log_probs))
 
 
-def test_a_wrong_target_k_or_temperature_is_refused() -> None:
+def test_a_wrong_target_k_temperature_or_teacher_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected a target \(2, 4\) for logits \(2, 4, 10\), got \(4,\)"):
         top_k_kl(STUDENT, *best(3), TARGET[0])
     with pytest.raises(ValueError, match="expected k >= 1, got 0"):
         TopKKL(k=0)
     with pytest.raises(ValueError, match="expected k up to the 10 classes, got 11: take forward_kl"):
         TopKKL(k=11)(Outputs(STUDENT), Outputs(TEACHER), None)
+    for teacher in (TEACHER[..., :9], torch.cat((TEACHER, TEACHER), -1)):  # where the best may be among the first ten
+        with pytest.raises(ValueError, match=r"student logits \(2, 4, 10\) and teacher logits \(2, 4, (9|20)\) differ"):
+            TopKKL(k=3)(Outputs(STUDENT), Outputs(teacher), None)
     for make in (lambda: TopKKL(k=3, temperature=0.0), lambda: top_k_kl(STUDENT, *best(3), temperature=0.0)):
         with pytest.raises(ValueError, match=r"expected temperature > 0, got 0.0"):
             make()
