@@ -16,13 +16,21 @@ def class_correlation(student_logits: Tensor, teacher_logits: Tensor, *, tempera
     The products run over samples, so the value grows with the square of the batch. No factor T².
 
     Shape:
-        student_logits, teacher_logits: (B, C). The largest intermediate is (C, C).
+        student_logits, teacher_logits: (B, C). The largest intermediate is (C, C), or (B, B) if that is smaller.
 
     Raises:
         ValueError: For a temperature ≤ 0, unequal shapes or other than one row a sample.
     """
     p_s, p_t = _probabilities(student_logits, teacher_logits, temperature)
-    return (p_t.T @ p_t - p_s.T @ p_s).square().sum() / p_s.shape[1]
+    batch, classes = p_s.shape
+    if batch >= classes:
+        return (p_t.T @ p_t - p_s.T @ p_s).square().sum() / classes
+    # With D = P_t - P_s and S = P_t + P_s the matrix is (DᵀS + SᵀD) / 2, and its norm is that of products over classes.
+    # Not the norms of both sides apart, whose difference is lost to rounding where the student is near the teacher.
+    difference, total = p_t - p_s, p_t + p_s
+    mixed = total @ difference.T
+    squares = (difference @ difference.T) * (total @ total.T) + mixed * mixed.T
+    return squares.sum() / (2 * classes)
 
 
 def batch_correlation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:

@@ -55,6 +55,31 @@ def test_value_and_gradient_equal_the_formula(loss, temperature: float) -> None:
     torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("samples", "classes"), [(3, 5), (4, 4), (5, 3)])
+def test_the_class_correlation_is_the_same_for_few_and_many_samples(samples: int, classes: int) -> None:
+    student, teacher = STUDENT[:samples, :classes].clone().requires_grad_(), TEACHER[:samples, :classes]
+    value = class_correlation(student, teacher, temperature=2.0)
+    value.backward()
+    assert value.item() == pytest.approx(class_by_loops(student.detach(), teacher, 2.0), rel=1e-12)
+    expected = numerical_gradient(lambda s: class_by_loops(s, teacher, 2.0), student.detach())
+    torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+@BOTH
+def test_a_student_that_is_near_the_teacher_is_told_from_it_in_single_precision(loss) -> None:
+    student = (TEACHER + 1e-3 * STUDENT).float()
+    exact = loss(student.double(), TEACHER.float().double(), temperature=2.0)
+    assert loss(student, TEACHER.float(), temperature=2.0).item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_no_tensor_of_classes_times_classes_is_kept_for_few_samples() -> None:
+    kept = []
+    student, teacher = wave((4, 300), 0.7, 0.1).requires_grad_(), wave((4, 300), 1.3, 0.5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        MLKD()(Outputs(student), Outputs(teacher), None)
+    assert max(kept) <= 4 * 300
+
+
 @BOTH
 def test_gradient_is_right_and_none_is_the_teachers(loss) -> None:
     student = STUDENT[:3].clone().requires_grad_()
