@@ -88,8 +88,8 @@ class CATKD(FeatureLoss):
         # By its name in each step: the layer may have been replaced by a fake-quantised one, say.
         weight = _weight(self._student[0], self.student_classifier)
         return class_attention_transfer(
-            _activation_maps(s, weight, self.student_classifier),
-            _activation_maps(t, self.teacher_weight, self.teacher_classifier),
+            _activation_maps(s, weight, self.student_classifier, self.resolution),
+            _activation_maps(t, self.teacher_weight, self.teacher_classifier, self.resolution),
             resolution=self.resolution,
             normalize=self.normalize,
         )
@@ -116,11 +116,14 @@ def _weight(network: nn.Module, name: str) -> Tensor:
     return weight.flatten(1)
 
 
-def _activation_maps(feature: Tensor, weight: Tensor, name: str) -> Tensor:
+def _activation_maps(feature: Tensor, weight: Tensor, name: str, resolution: int) -> Tensor:
+    """Return the pooled maps (B, classes, resolution, resolution)."""
     check_maps(feature, "cat_kd")
     if feature.shape[1] != weight.shape[1]:
         raise ValueError(
             f"the layer has {feature.shape[1]} channels and the classifier {name!r} reads {weight.shape[1]}, expected "
             "as many: name the layer whose mean over space the classifier reads"
         )
-    return F.conv2d(feature, weight.to(feature.dtype)[:, :, None, None])
+    # Pooled first, which gives the same: there is no full map of each class then.
+    pooled = F.adaptive_avg_pool2d(feature, resolution)
+    return F.conv2d(pooled, weight.to(feature.dtype)[:, :, None, None])

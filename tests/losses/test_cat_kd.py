@@ -153,6 +153,28 @@ def test_the_mean_of_a_class_activation_map_is_the_logit_without_its_bias() -> N
     assert value.item() == pytest.approx(((logits[0] - logits[1]) ** 2).mean().item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("resolution", [1, 2, 3, 5])
+def test_the_maps_that_are_compared_are_pooled_class_activation_maps(resolution: int) -> None:
+    student, teacher = Images(4).double(), Images(5, seed=1).double()
+    s, t = wave((2, 4, 4, 3), 0.3, 0.1), wave((2, 5, 5, 4), 0.7, 0.2)
+    outputs = Outputs(torch.zeros(2, 3), {"body": s}), Outputs(torch.zeros(2, 3), {"body": t})
+    maps = torch.einsum("kc,bchw->bkhw", student.fc.weight, s), torch.einsum("kc,bchw->bkhw", teacher.fc.weight, t)
+    for normalize in (True, False):
+        value = attached(student, teacher, resolution=resolution, normalize=normalize)(*outputs, None)
+        expected = class_attention_transfer(*maps, resolution=resolution, normalize=normalize)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_no_full_map_of_each_class_is_kept() -> None:
+    kept = []
+    student, teacher = Images(4), Images(5, seed=1)
+    student.fc, teacher.fc = nn.Linear(4, 1000), nn.Linear(5, 1000)
+    outputs = [Outputs(torch.zeros(2, 1000), {"body": torch.ones(2, c, 8, 8, requires_grad=True)}) for c in (4, 5)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attached(student, teacher, resolution=2)(*outputs, None)
+    assert max(kept) <= 2 * 1000 * 2 * 2
+
+
 def test_the_students_weight_is_read_live_and_is_not_the_losss_parameter() -> None:
     student, teacher = Images(4), Images(5, seed=1)
     loss = attached(student, teacher)
