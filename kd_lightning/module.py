@@ -19,7 +19,7 @@ from kd_lightning.outputs import classes_last, run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
-from kd_lightning.teachers import Teacher
+from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
@@ -57,7 +57,7 @@ class DistillationModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | None,
+        teacher: TeacherSource | nn.Module | None,
         losses: Mapping[str, DistillationLoss],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
@@ -126,14 +126,14 @@ class DistillationModule(LightningModule):
         self._resumption.on_train_epoch_start(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        args, kwargs, target, samples = self.task.read(batch)
+        read = self.task.read(batch)
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:
-            teacher = self.teacher(args, kwargs, self.objective.teacher_layers)
-        student = run(self.student, args, kwargs, self.objective.student_layers)._replace(samples=samples)
+            teacher = self.teacher(read, self.objective.teacher_layers)
+        student = run(self.student, read.args, read.kwargs, self.objective.student_layers)
         total: Tensor
-        total, terms = self.objective(student, teacher, target)
+        total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         if logs_this_step(self.trainer):
             log_terms(self, self.objective, total, terms, teacher, batch_size=len(student.logits))
         return total
@@ -186,14 +186,14 @@ class DistillationModule(LightningModule):
             self.teacher.to(self.device, floating[0] if floating else None)
 
     def _score(self, batch: Batch, prefix: str) -> None:
-        args, kwargs, target, _ = batch
-        student = run(self.student, args, kwargs)
+        target = batch.target
+        student = run(self.student, batch.args, batch.kwargs)
         if target is not None:
             self._accuracy.update(self.task.correct(student.logits, target).float())
             self.log(f"{prefix}/acc", self._accuracy, on_step=False, on_epoch=True, prog_bar=True)
-        if self.teacher is None:
+        if self.teacher is None or not self.teacher.can_teach(batch):
             return
-        teacher = self.teacher(args, kwargs)
+        teacher = self.teacher(batch)
         if student.logits.shape != teacher.logits.shape:
             return  # other classes, or another vocabulary: there is nothing to agree on
         same = classes_last(student.logits).argmax(-1) == classes_last(teacher.logits).argmax(-1)

@@ -18,13 +18,13 @@ from kd_lightning.lookahead import SCAN, training_batches
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs, class_dim, classes_last
 from kd_lightning.tasks import Batch, Classification
-from kd_lightning.teachers import Teacher
+from kd_lightning.teachers import TeacherSource
 
 _TEACHER_SAMPLES = 256
 _TOO_FEW_TO_JUDGE = 100
 
 
-def check_parts(teacher: Teacher | None, objective: DistillationObjective) -> None:
+def check_parts(teacher: TeacherSource | None, objective: DistillationObjective) -> None:
     """Raise ValueError when a loss needs a teacher and none is there."""
     if teacher is None and objective.needs_teacher:
         names = [name for name, loss in objective.named_losses().items() if loss.needs_teacher]
@@ -41,7 +41,7 @@ def check_checkpoint(state: Mapping[str, Tensor], student: nn.Module) -> None:
 def dry_run(
     batches: Iterable[Any],
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: TeacherSource | None,
     objective: DistillationObjective,
     task: Classification,
 ) -> None:
@@ -61,14 +61,15 @@ def dry_run(
     """
     _, batch = first_batch(batches, objective, task)
     few = _take(_labelled_first(batch, task), samples_needed(objective), _size(batch))
-    args, kwargs, target, samples = few
+    target = few.target
 
     def student_outputs() -> Outputs:
-        return dry_forward("student", student, args, kwargs, objective.student_layers)._replace(samples=samples)
+        outputs = dry_forward("student", student, few.args, few.kwargs, objective.student_layers)
+        return outputs._replace(samples=few.samples)
 
     first, teacher_outputs = student_outputs(), None
     if teacher is not None:
-        teacher_outputs = dry_forward("teacher", teacher.network, args, kwargs, objective.teacher_layers)
+        teacher_outputs = teacher.dry(few, objective.teacher_layers)
     check_outputs(objective, first, teacher_outputs, target, task)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
     built = student_outputs() if objective.changes_student else first
@@ -201,7 +202,7 @@ def check_logits(role: str, logits: Tensor, remedy: str = "leave the softmax out
 
 
 @torch.no_grad()
-def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Classification) -> None:
+def check_teacher_accuracy(module: LightningModule, teacher: TeacherSource, task: Classification) -> None:
     """Print the teacher's accuracy on some training samples; refuse a teacher at chance.
 
     Raises:
@@ -214,7 +215,7 @@ def check_teacher_accuracy(module: LightningModule, teacher: Teacher, task: Clas
         if batch.target is None:
             return
         with precision.forward_context():
-            logits = teacher(batch.args, batch.kwargs).logits
+            logits = teacher(batch).logits
         classes = logits.shape[class_dim(logits)]
         check_labels(batch.target, classes, task)
         hits = task.correct(logits, batch.target)

@@ -93,7 +93,7 @@ class Trial:
 
     def _step(self, batch: Any) -> None:
         self.trainer.precision_plugin.convert_module(self.module)
-        batch, _ = unwrapped(batch)
+        batch = unwrapped(batch).batch
         parameter = next(self.module.parameters(), None)
         if parameter is not None:
             batch = self.module.transfer_batch_to_device(batch, parameter.device, 0)

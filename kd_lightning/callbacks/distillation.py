@@ -12,11 +12,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import mismatch
-from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import Outputs, Samples, class_dim, classes_last
+from kd_lightning.outputs import Outputs, class_dim, classes_last
 from kd_lightning.preflight import (
     check_labels,
     check_logits,
@@ -30,7 +29,8 @@ from kd_lightning.preflight import (
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification, unwrapped
-from kd_lightning.teachers import Teacher
+from kd_lightning.tasks.batch import Unwrapped
+from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import log_terms, logs_this_step
 from kd_lightning.trial import AsInTraining, Trial, few
 
@@ -77,7 +77,7 @@ class Distillation(Callback):
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module,
+        teacher: TeacherSource | nn.Module,
         losses: Mapping[str, DistillationLoss],
         student: str = "",
         logits: str | None = None,
@@ -177,7 +177,8 @@ class Distillation(Callback):
     def _around(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(training_step)
         def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            batch, samples = unwrapped(batch)
+            around = unwrapped(batch)
+            batch = around.batch
             try:
                 with self._tap.watch(module, self.objective.student_layers, once=True) as seen:
                     result = training_step(batch, *args, **kwargs)
@@ -188,21 +189,18 @@ class Distillation(Callback):
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if task_loss is None:
                 return result  # Lightning has its say about a mapping without a loss
-            total = self._distil(module, batch, samples, seen, task_loss)
+            total = self._distil(module, around, seen, task_loss)
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return step
 
-    def _distil(
-        self, module: LightningModule, batch: Any, samples: Samples | None, seen: Seen, task_loss: Tensor
-    ) -> Tensor:
-        student = Outputs(seen.logits, seen.features, samples)
+    def _distil(self, module: LightningModule, around: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
+        student = Outputs(seen.logits, seen.features, around.samples)
         teacher = None
         if self.objective.needs_teacher:
-            args, kwargs = self._teacher_arguments(batch, seen)
-            teacher = self.teacher(args, kwargs, self.objective.teacher_layers)
+            teacher = self.teacher(self._batch_of_teacher(around, seen), self.objective.teacher_layers)
         total: Tensor
-        total, terms = self.objective(student, teacher, self._task.target(batch))
+        total, terms = self.objective(student, teacher, self._task.target(around.batch))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
         if logs_this_step(module.trainer):
@@ -268,10 +266,12 @@ class Distillation(Callback):
         seen, self._seen = self._seen, Seen()
         if not seen.outputs or (self._tap.inputs and not seen.inputs):
             return  # how the module validates is its own affair
-        args, kwargs = self._teacher_arguments(batch, seen)
+        of_teacher = self._batch_of_teacher(unwrapped(batch), seen)
+        if not self.teacher.can_teach(of_teacher):
+            return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             # Of several forward passes the first: student and teacher see the same there.
-            student, teacher = seen.logits, self.teacher(args, kwargs).logits
+            student, teacher = seen.logits, self.teacher(of_teacher).logits
         if student.shape != teacher.shape:
             return
         same = classes_last(student).argmax(-1) == classes_last(teacher).argmax(-1)
@@ -308,7 +308,8 @@ class Distillation(Callback):
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
         raw, first = first_batch(training_batches(module), self.objective, self._task)
-        raw, samples = unwrapped(raw)
+        around = unwrapped(raw)
+        raw = around.batch
         batch = few(raw, samples_needed(self.objective))
         try:
             seen = trial.run(batch, self.objective.student_layers)
@@ -318,11 +319,10 @@ class Distillation(Callback):
             batch = raw  # a step may want whole batches
             seen = trial.run(batch, self.objective.student_layers)
         check_logits("student", seen.logits, 'name the layer before the softmax with logits="..."')
-        args, kwargs = self._teacher_arguments(batch, seen)
-        teacher = dry_forward("teacher", self.teacher.network, args, kwargs, self.objective.teacher_layers)
-        if samples is not None:
-            samples = samples._replace(ids=samples.ids[: len(seen.logits)])
-        student = Outputs(seen.logits.detach(), {name: x.detach() for name, x in seen.features.items()}, samples)
+        around = _first(around, len(seen.logits))._replace(batch=batch)
+        teacher = self.teacher.dry(self._batch_of_teacher(around, seen), self.objective.teacher_layers)
+        features = {name: x.detach() for name, x in seen.features.items()}
+        student = Outputs(seen.logits.detach(), features, around.samples)
         target = self._task.target(batch)
         check_outputs(self.objective, student, teacher, target, self._task)
         self.objective.build(student, teacher, self._student_to_attach(module, trial), self.teacher.network)
@@ -339,8 +339,9 @@ class Distillation(Callback):
             return copied
         return student if dict(student.named_modules()).keys() == dict(copied.named_modules()).keys() else copied
 
-    def _teacher_arguments(self, batch: Any, seen: Seen) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        return seen.inputs[0] if self._tap.inputs else self._task.arguments(batch)
+    def _batch_of_teacher(self, around: Unwrapped, seen: Seen) -> Batch:
+        args, kwargs = seen.inputs[0] if self._tap.inputs else self._task.arguments(around.batch)
+        return Batch(args, kwargs, None, around.samples, around.teacher)
 
     def _place_teacher(self, module: LightningModule) -> None:
         student = self._tap.student_of(module)
@@ -360,7 +361,7 @@ class _Reading(Classification):
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
 
     def read(self, batch: Any) -> Batch:
-        batch, _ = unwrapped(batch)
+        batch = unwrapped(batch).batch
         target = self.target(batch)
         if self._teacher_inputs is not None:
             return Batch(*self.arguments(batch), target)
@@ -392,6 +393,17 @@ class _Reading(Classification):
         if isinstance(inputs, Mapping):
             return (), inputs
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _first(around: Unwrapped, count: int) -> Unwrapped:
+    """Cut what was put around a batch to its first samples."""
+    samples, teacher = around.samples, around.teacher
+    if samples is not None:
+        samples = samples._replace(ids=samples.ids[:count])
+    if teacher is not None:
+        features = {name: x[:count] for name, x in teacher.features.items()}
+        teacher = teacher._replace(logits=teacher.logits[:count], features=features)
+    return around._replace(samples=samples, teacher=teacher)
 
 
 class _Skipped(Exception):  # noqa: N818

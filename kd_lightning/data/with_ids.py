@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kd_lightning.data.loaders import View
-from kd_lightning.tasks.classification import Identified
+from kd_lightning.tasks.batch import Identified
 
 
 class WithIds(Dataset[Any]):

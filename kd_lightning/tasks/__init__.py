@@ -1,5 +1,6 @@
 """How a batch is read and scored."""
 
-from kd_lightning.tasks.classification import Batch, Classification, Identified, unwrapped
+from kd_lightning.tasks.batch import Batch, Identified, Taught, unwrapped
+from kd_lightning.tasks.classification import Classification
 
-__all__ = ["Batch", "Classification", "Identified", "unwrapped"]
+__all__ = ["Batch", "Classification", "Identified", "Taught", "unwrapped"]

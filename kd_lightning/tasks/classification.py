@@ -1,43 +1,16 @@
 """One label for each input."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd_lightning.outputs import Samples, classes_last
+from kd_lightning.outputs import classes_last
+from kd_lightning.tasks.batch import Batch, unwrapped
 
 IGNORE_INDEX = -100
 """The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
-
-
-class Batch(NamedTuple):
-    """What the networks are called with, and the target: None where the batch has none.
-
-    ``samples`` says which samples of the data set these are, where the batch is one of
-    :class:`~kd_lightning.data.WithIds`.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    target: Tensor | None
-    samples: Samples | None = None
-
-
-class Identified(NamedTuple):
-    """A batch as it was without :class:`~kd_lightning.data.WithIds`, and which samples it holds."""
-
-    batch: Any
-    ids: Tensor
-    total: Tensor
-
-
-def unwrapped(batch: Any) -> tuple[Any, Samples | None]:
-    """Return the batch as it was without :class:`~kd_lightning.data.WithIds`, and which samples it holds, if known."""
-    if isinstance(batch, Identified):
-        return batch.batch, Samples(batch.ids, int(batch.total.flatten()[0]))
-    return batch, None
 
 
 class Classification:
@@ -55,9 +28,10 @@ class Classification:
         Raises:
             TypeError: For a batch of another kind.
         """
-        if isinstance(batch, Identified):
-            plain, samples = unwrapped(batch)
-            return self.read(plain)._replace(samples=samples)
+        batch, samples, teacher = unwrapped(batch)
+        return self._read(batch)._replace(samples=samples, teacher=teacher)
+
+    def _read(self, batch: Any) -> Batch:
         if isinstance(batch, Mapping):
             target = next((batch[key] for key in self.label_keys if key in batch), None)
             return Batch((), {key: value for key, value in batch.items() if key not in self.label_keys}, target)

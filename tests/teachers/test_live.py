@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kd_lightning import Teacher
+from kd_lightning.tasks import Batch
 from tests.tiny import assert_equal, good_teacher, network, samples, weights
 
 
@@ -12,7 +13,7 @@ def test_a_teacher_is_frozen_and_in_eval_mode_however_it_came() -> None:
     net = good_teacher(dropout=0.5).train()
     before, (x, _), teacher = weights(net), samples(8), Teacher(net)
     net.train()  # somebody's loop over all modules
-    first, second = teacher((x,), {}).logits, teacher((x,), {}).logits
+    first, second = teacher(Batch((x,), {}, None)).logits, teacher(Batch((x,), {}, None)).logits
     assert torch.equal(first, second)
     assert not first.requires_grad
     assert not any(parameter.requires_grad for parameter in net.parameters())
@@ -20,7 +21,7 @@ def test_a_teacher_is_frozen_and_in_eval_mode_however_it_came() -> None:
 
 
 def test_outputs_can_be_saved_for_a_backward_pass() -> None:
-    out = Teacher(good_teacher())((samples(4)[0],), {}, ["stem"])
+    out = Teacher(good_teacher())(Batch((samples(4)[0],), {}, None), ["stem"])
     weight = torch.ones(4, 1, requires_grad=True)
     (weight * out.logits).sum().backward()  # inference tensors would raise here
     assert not out.features["stem"].is_inference()
@@ -42,7 +43,7 @@ def test_it_is_nobodys_child() -> None:
 def test_it_moves_to_another_precision_but_its_integers_do_not() -> None:
     teacher = Teacher(good_teacher())
     teacher.to(torch.device("cpu"), torch.bfloat16)
-    assert teacher((samples(2)[0].bfloat16(),), {}).logits.dtype == torch.bfloat16
+    assert teacher(Batch((samples(2)[0].bfloat16(),), {}, None)).logits.dtype == torch.bfloat16
     assert teacher.network.norm.num_batches_tracked.dtype == torch.int64
 
 
