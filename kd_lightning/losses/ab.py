@@ -22,8 +22,8 @@ def activation_boundary(student: Tensor, teacher: Tensor, *, margin: float = 1.0
         student, teacher: equal, (B, C, H, W) or (B, D); the outputs before the activation function.
     """
     check_same_shape(student, teacher, "features")
-    wrong = torch.where(teacher.detach() > 0, margin - student, margin + student)
-    return F.relu(wrong).square().sum() / len(student)
+    side = 1 - 2 * (teacher.detach() > 0).to(student.dtype)  # torch.where takes three times as long
+    return F.relu(margin + side * student).square().sum() / len(student)
 
 
 class AB(LayersLoss):
