@@ -81,5 +81,7 @@ class WKDFeatures(FeatureLoss):
 
 def _gaussian(maps: Tensor) -> tuple[Tensor, Tensor]:
     pixels = maps.flatten(2)
-    variance = pixels.var(-1, correction=min(pixels.shape[-1] - 1, 1))
-    return pixels.mean(-1), (variance + _EPSILON).sqrt()
+    mean = pixels.mean(-1, keepdim=True)
+    # By hand it takes less than half of the time of Tensor.var.
+    variance = (pixels - mean).square().sum(-1) / max(pixels.shape[-1] - 1, 1)
+    return mean.squeeze(-1), (variance + _EPSILON).sqrt()
