@@ -30,7 +30,7 @@ def class_attention_transfer(
             f"the student has activation maps of {student.shape[1]} classes and the teacher of {teacher.shape[1]}, "
             "expected the same classes in the same order"
         )
-    s, t = (F.adaptive_avg_pool2d(x, resolution).flatten(2) for x in (student, teacher.detach()))
+    s, t = (_pooled(x, resolution).flatten(2) for x in (student, teacher.detach()))
     return F.mse_loss(_directions(s), _directions(t)) if normalize else F.mse_loss(s, t)
 
 
@@ -100,6 +100,11 @@ def _check_resolution(resolution: int) -> None:
         raise ValueError(f"expected resolution >= 1, got {resolution}: the authors take 2, or 4")
 
 
+def _pooled(maps: Tensor, resolution: int) -> Tensor:
+    # Maps of that size stay as they are anyway, but it takes PyTorch long to find out.
+    return maps if maps.shape[2:] == (resolution, resolution) else F.adaptive_avg_pool2d(maps, resolution)
+
+
 def _directions(maps: Tensor) -> Tensor:
     # At a map of zeros normalize's gradient is 1e12 times too large.
     return F.normalize(maps, dim=2).where((maps != 0).any(2, keepdim=True), 0.0)
@@ -125,5 +130,4 @@ def _activation_maps(feature: Tensor, weight: Tensor, name: str, resolution: int
             "as many: name the layer whose mean over space the classifier reads"
         )
     # Pooled first, which gives the same: there is no full map of each class then.
-    pooled = F.adaptive_avg_pool2d(feature, resolution)
-    return F.conv2d(pooled, weight.to(feature.dtype)[:, :, None, None])
+    return F.conv2d(_pooled(feature, resolution), weight.to(feature.dtype)[:, :, None, None])
