@@ -109,6 +109,9 @@ class DistillationModule(LightningModule):
         }
 
     def on_fit_start(self) -> None:
+        for metric in (self._accuracy, self._agreement, self._teacher_accuracy):
+            metric.reset()  # after trainer.validate, they are inference tensors, which cannot be updated in a fit
+        self._teacher_accuracy_logged = False
         self._place_teacher()
         if self.teacher is not None and self.check_teacher:
             check_teacher_accuracy(self, self.teacher, self.task)
