@@ -15,12 +15,12 @@ from torchmetrics import MeanMetric
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import classes_last, run
+from kd_lightning.outputs import run
 from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import log_terms, logs_this_step
+from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
 
@@ -197,13 +197,13 @@ class DistillationModule(LightningModule):
         if self.teacher is None or not self.teacher.can_teach(batch):
             return
         teacher = self.teacher(batch)
-        if student.logits.shape != teacher.logits.shape:
-            return  # other classes, or another vocabulary: there is nothing to agree on
-        same = classes_last(student.logits).argmax(-1) == classes_last(teacher.logits).argmax(-1)
+        same = agreement(student, teacher)
+        if same is None:
+            return
         self._agreement.update(same.float())
         self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)
         if prefix == "val" and not self._teacher_accuracy_logged and target is not None:
-            self._teacher_accuracy.update(self.task.correct(teacher.logits, target).float())
+            self._teacher_accuracy.update(self.task.correct_outputs(teacher, target).float())
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

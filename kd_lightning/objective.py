@@ -11,6 +11,8 @@ from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.losses.gather import all_gather, gather_outputs, world_size
 from kd_lightning.outputs import Outputs
 
+TOP_K_REMEDY = "take kd, forward_kl, top_k_kl or deit_hard, or a teacher that gives its logits"
+
 
 class Term(NamedTuple):
     """One loss's share of the objective, both as scalars."""
@@ -105,6 +107,7 @@ class DistillationObjective(nn.Module):
             terms = {}
             for name, loss in self.named_losses().items():
                 with _errors_name(name, loss):
+                    _check_top_k(loss, teacher)
                     raw = loss(*_batch_of(loss, student, teacher, target))
                 terms[name] = Term(raw, loss.weight * raw)
             total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
@@ -126,6 +129,14 @@ def _errors_name(name: str, loss: DistillationLoss) -> Iterator[None]:
         raise ValueError(f"loss {name!r}{where}: {error}") from error
 
 
+def _check_top_k(loss: DistillationLoss, teacher: Outputs) -> None:
+    if teacher.top_k is not None and loss.needs_teacher and not loss.takes_top_k:
+        raise ValueError(
+            f"{type(loss).__name__} reads the teacher's logits of all classes, got its "
+            f"{teacher.top_k.indices.shape[-1]} best: {TOP_K_REMEDY}"
+        )
+
+
 def _batch_of(
     loss: DistillationLoss, student: Outputs, teacher: Outputs, target: Tensor | None
 ) -> tuple[Outputs, Outputs, Tensor | None]:
@@ -141,7 +152,10 @@ def _batch_of(
 
 def _in_full_precision(outputs: Outputs) -> Outputs:
     features = {name: _up(feature) for name, feature in outputs.features.items()}
-    return outputs._replace(logits=_up(outputs.logits), features=features)
+    top_k = outputs.top_k
+    if top_k is not None:
+        top_k = top_k._replace(log_probs=_up(top_k.log_probs))
+    return outputs._replace(logits=_up(outputs.logits), features=features, top_k=top_k)
 
 
 def _up(x: Tensor) -> Tensor:

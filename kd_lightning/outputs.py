@@ -22,18 +22,57 @@ class Samples(NamedTuple):
     total: int
 
 
+class TopK(NamedTuple):
+    """A teacher's k best classes, in the place of its logits: all that an API tells, or that is stored.
+
+    What the others have together, the tail mass, is what the k leave of 1; see
+    :func:`~kd_lightning.losses.missing_mass`.
+
+    Attributes:
+        indices: Integers (B, k), (B, S, k) or (B, H, W, k): different classes, in any order.
+        log_probs: Of the same shape, the log-probabilities at T = 1; −∞ fills up where there are fewer.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+
+
 class Outputs(NamedTuple):
     """What a network gave for one batch.
 
     Attributes:
-        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel.
+        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel; without a class in
+            the last dimension, (B, 0), (B, S, 0) or (B, H, W, 0), where ``top_k`` is all that is known.
         features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
         samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
+        top_k: The best classes of a teacher whose logits are not known.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = {}
     samples: Samples | None = None
+    top_k: TopK | None = None
+
+    @classmethod
+    def of_top_k(cls, indices: Tensor, log_probs: Tensor, features: Mapping[str, Tensor] | None = None) -> "Outputs":
+        """Return the outputs of a teacher of which the k best classes are known; see :class:`TopK`.
+
+        Raises:
+            ValueError: Unless both have the same shape, and a class at least.
+        """
+        if indices.shape != log_probs.shape or indices.ndim < 2 or indices.shape[-1] < 1:
+            raise ValueError(
+                f"expected indices and log-probabilities (..., k) of one shape, got {tuple(indices.shape)} and "
+                f"{tuple(log_probs.shape)}"
+            )
+        return cls(log_probs[..., :0], features or {}, top_k=TopK(indices.long(), log_probs))
+
+    def best(self) -> Tensor:
+        """Return the most likely class: (B,), (B, S) or (B, H, W)."""
+        if self.top_k is None:
+            return classes_last(self.logits).argmax(-1)
+        place = self.top_k.log_probs.argmax(-1, keepdim=True)
+        return self.top_k.indices.gather(-1, place).squeeze(-1)
 
 
 def class_dim(logits: Tensor) -> int:

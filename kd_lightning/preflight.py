@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import SCAN, training_batches
-from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective
+from kd_lightning.outputs import Outputs, TopK, class_dim, classes_last
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import TeacherSource
 
@@ -133,11 +134,13 @@ def check_outputs(
         ValueError: With what was expected, what came and what to do.
     """
     for role, outputs in (("student", student), ("teacher", teacher)):
-        if outputs is not None:
+        if outputs is not None and outputs.top_k is None:
             check_logits(role, outputs.logits)
     losses = objective.named_losses()
+    if teacher is not None and teacher.top_k is not None:
+        _check_top_k(teacher.top_k, losses, _classes(student))
     comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
-    if comparing and teacher is not None and _classes(teacher) != _classes(student):
+    if comparing and teacher is not None and teacher.top_k is None and _classes(teacher) != _classes(student):
         raise ValueError(
             f"the student has {_classes(student)} classes and the teacher {_classes(teacher)}, expected the same "
             f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the teacher's "
@@ -178,6 +181,33 @@ def compute_once(
         )
 
 
+def _check_top_k(top_k: TopK, losses: Mapping[str, DistillationLoss], classes: int) -> None:
+    """Raise ValueError for losses that need the logits, classes that the student has not, and what is no top k."""
+    indices, log_probs = top_k
+    refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]
+    if refused:
+        raise ValueError(
+            f"losses {refused} read the teacher's logits of all classes, got its {indices.shape[-1]} best: "
+            f"{TOP_K_REMEDY}"
+        )
+    filled = log_probs > -math.inf
+    wrong = indices[filled & ((indices < 0) | (indices >= classes))]
+    if wrong.numel():
+        raise ValueError(
+            f"the teacher's best classes hold {int(wrong[0])}, expected 0 to {classes - 1}, as the student has "
+            f"{classes} classes: set num_classes, or map the teacher's classes to the student's"
+        )
+    mass = log_probs.exp().sum(-1)
+    if not bool((mass <= 1 + 1e-2).all()):
+        raise ValueError(
+            f"the teacher's best classes have a probability of {mass.max():.3g} together, expected log-probabilities "
+            "at T = 1 of a sum up to 1: got logits or probabilities? take log_softmax over all classes, then the best"
+        )
+    ordered = torch.where(filled, indices, -1 - torch.arange(indices.shape[-1], device=indices.device)).sort(-1).values
+    if bool((ordered.diff(dim=-1) == 0).any()):
+        raise ValueError("the teacher's best classes hold a class twice, expected different ones: add up what belongs")
+
+
 def check_labels(target: Tensor, classes: int, task: Classification) -> None:
     """Raise ValueError for a label that is no class, or probabilities over other classes."""
     if target.is_floating_point() and target.shape[class_dim(target)] != classes:
@@ -215,10 +245,13 @@ def check_teacher_accuracy(module: LightningModule, teacher: TeacherSource, task
         if batch.target is None:
             return
         with precision.forward_context():
-            logits = teacher(batch).logits
-        classes = logits.shape[class_dim(logits)]
-        check_labels(batch.target, classes, task)
-        hits = task.correct(logits, batch.target)
+            outputs = teacher(batch)
+        if outputs.top_k is None:
+            classes = _classes(outputs)
+            check_labels(batch.target, classes, task)
+        else:
+            classes = max(classes, int(outputs.top_k.indices.max()) + 1)
+        hits = task.correct_outputs(outputs, batch.target)
         correct, count = correct + int(hits.sum()), count + hits.numel()
         if count >= _TEACHER_SAMPLES:
             break

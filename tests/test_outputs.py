@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 def test_named_layers_come_along_with_the_logits() -> None:
     net, (x, _) = network().eval(), samples(5)
-    logits, features, samples_ = run(net, (x,), {}, ["norm", "stem"])
+    logits, features, samples_, *_ = run(net, (x,), {}, ["norm", "stem"])
     assert samples_ is None  # a network does not know which samples it got
     assert torch.equal(logits, net(x))
     assert torch.equal(features["stem"], net.stem(x))

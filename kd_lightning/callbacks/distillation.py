@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.outputs import Outputs, class_dim
 from kd_lightning.preflight import (
     check_labels,
     check_logits,
@@ -31,7 +32,7 @@ from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import log_terms, logs_this_step
+from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step
 from kd_lightning.trial import AsInTraining, Trial, few
 
 _CHILD = "distillation"
@@ -206,7 +207,7 @@ class Distillation(Callback):
         if logs_this_step(module.trainer):
             terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
             values = {name: Term(term.raw.detach(), term.weighted.detach()) for name, term in terms.items()}
-            soft_targets = None if teacher is None else Outputs(teacher.logits)
+            soft_targets = None if teacher is None else teacher._replace(features={})
             self._pending = _Step(total.detach(), values, soft_targets, len(student.logits))
         return total
 
@@ -271,16 +272,16 @@ class Distillation(Callback):
             return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             # Of several forward passes the first: student and teacher see the same there.
-            student, teacher = seen.logits, self.teacher(of_teacher).logits
-        if student.shape != teacher.shape:
+            teacher = self.teacher(of_teacher)
+        same = agreement(Outputs(seen.logits), teacher)
+        if same is None:
             return
-        same = classes_last(student).argmax(-1) == classes_last(teacher).argmax(-1)
         self._log_mean(module, f"{prefix}/agreement", same)
         target = self._task.target_or_none(batch)
         if prefix == "test" or self._teacher_accuracy_logged or target is None:
             return
-        if self._task.labels(target).shape == classes_last(teacher).shape[:-1]:
-            self._log_mean(module, "val/teacher_acc", self._task.correct(teacher, target))
+        if self._task.labels(target).shape == same.shape:
+            self._log_mean(module, "val/teacher_acc", self._task.correct_outputs(teacher, target))
 
     @staticmethod
     def _log_mean(module: LightningModule, name: str, hits: Tensor) -> None:
@@ -397,12 +398,7 @@ class _Reading(Classification):
 
 def _first(around: Unwrapped, count: int) -> Unwrapped:
     """Cut what was put around a batch to its first samples."""
-    samples, teacher = around.samples, around.teacher
-    if samples is not None:
-        samples = samples._replace(ids=samples.ids[:count])
-    if teacher is not None:
-        features = {name: x[:count] for name, x in teacher.features.items()}
-        teacher = teacher._replace(logits=teacher.logits[:count], features=features)
+    samples, teacher = apply_to_collection((around.samples, around.teacher), Tensor, lambda x: x[:count])
     return around._replace(samples=samples, teacher=teacher)
 
 

@@ -33,6 +33,10 @@ class DistillationLoss(nn.Module):
     """Whether the batch has to say which samples of the data set it holds; see :class:`kd_lightning.data.WithIds`."""
     needs_same_classes = True
     """Whether the student's classes have to be the teacher's."""
+    takes_top_k = False
+    """Whether the teacher's k best classes (:class:`~kd_lightning.outputs.TopK`) do in the place of its logits."""
+    needs_teacher_network = False
+    """Whether :meth:`attach` reads the teacher's network, so that its outputs alone are not enough."""
     compares_samples = False
     """Whether a sample's loss depends on the others in the batch, so that it is another in batches of another size."""
     changes_student = False
@@ -89,6 +93,11 @@ class LogitLoss(DistillationLoss):
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits, standardised where that was asked for."""
+        if teacher.top_k is not None:
+            raise ValueError(
+                f"{type(self).__name__} reads the teacher's logits of all classes, got its {_k(teacher)} best: "
+                "take forward_kl, kd or top_k_kl, without standardize"
+            )
         pair = student.logits, teacher.logits
         return (standardize_logits(pair[0]), standardize_logits(pair[1])) if self.standardize else pair
 
@@ -104,6 +113,7 @@ class FeatureLoss(DistillationLoss):
     """
 
     needs_same_classes = False
+    takes_top_k = True  # it reads no logits
 
     def __init__(
         self, student_layer: str, teacher_layer: str | None = None, weight: float = 1.0, gather: bool = False
@@ -129,6 +139,7 @@ class LayersLoss(DistillationLoss):
     """
 
     needs_same_classes = False
+    takes_top_k = True  # it reads no logits
 
     def __init__(
         self,
@@ -152,6 +163,10 @@ class LayersLoss(DistillationLoss):
             (student.features[s], teacher.features[t])
             for s, t in zip(self.student_layers, self.teacher_layers, strict=True)
         ]
+
+
+def _k(teacher: Outputs) -> int:
+    return 0 if teacher.top_k is None else teacher.top_k.indices.shape[-1]
 
 
 def check_temperature(temperature: float | Tensor) -> None:

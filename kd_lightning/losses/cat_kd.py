@@ -56,6 +56,8 @@ class CATKD(FeatureLoss):
     needs_same_classes = True
     teacher_weight: Tensor
 
+    needs_teacher_network = True
+
     def __init__(
         self,
         student_layer: str,

@@ -56,7 +56,7 @@ class CWD(DistillationLoss):
         super().__init__(weight, layers, None if teacher_layer is None else [teacher_layer])
         check_temperature(temperature)
         self.temperature = temperature
-        self.needs_same_classes = not layers
+        self.needs_same_classes, self.takes_top_k = not layers, bool(layers)
         self.projector = nn.Identity()
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:

@@ -61,5 +61,9 @@ class DeiTSoft(LogitLoss):
 class DeiTHard(LogitLoss):
     """The teacher's hard labels: its corrections without its dark knowledge, hence the control beside :class:`KD`."""
 
+    takes_top_k = True
+
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        if teacher.top_k is not None and not self.standardize:
+            return F.cross_entropy(rows(student.logits), teacher.best().flatten())
         return deit_hard(*self.logits(student, teacher))

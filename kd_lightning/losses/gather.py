@@ -29,11 +29,15 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def gather_outputs(outputs: Outputs, layers: Iterable[str]) -> Outputs:
-    """Gather logits, sample numbers and the features of the given layers."""
+    """Gather logits or the best classes, sample numbers and the features of the given layers."""
     samples = outputs.samples
+    features = {name: all_gather(outputs.features[name]) for name in layers}
+    if outputs.top_k is not None:
+        indices, log_probs = outputs.top_k
+        return Outputs.of_top_k(all_gather(indices), all_gather(log_probs), features)
     return Outputs(
         all_gather(outputs.logits),
-        {name: all_gather(outputs.features[name]) for name in layers},
+        features,
         None if samples is None else Samples(all_gather(samples.ids), samples.total),
     )
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
+from kd_lightning.losses.top_k_kl import top_k_kl
 from kd_lightning.outputs import Outputs
 
 
@@ -38,13 +39,16 @@ def kd(
 class KD(LogitLoss):
     """The teacher's softened distribution as target; see :func:`kd`.
 
-    Samples and pixels without label count, tokens that are ignored do not.
+    Samples and pixels without label count, tokens that are ignored do not. Where only the teacher's k best classes are
+    known, it is :func:`~kd_lightning.losses.top_k_kl` with a tail.
 
     Args:
         temperature: T > 0, of both sides and of the factor T².
         weight: Factor of the term.
         standardize: See :class:`~kd_lightning.losses.LogitLoss`.
     """
+
+    takes_top_k = True
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0, standardize: bool = False) -> None:
         super().__init__(weight, standardize)
@@ -53,4 +57,6 @@ class KD(LogitLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         tokens = padding(student.logits, target)
+        if teacher.top_k is not None and not self.standardize:
+            return top_k_kl(student.logits, *teacher.top_k, tokens, temperature=self.temperature)
         return kd(*self.logits(student, teacher), tokens, temperature=self.temperature)

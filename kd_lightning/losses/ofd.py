@@ -56,6 +56,8 @@ class OFD(LayersLoss):
             batch normalisation.
     """
 
+    needs_teacher_network = True
+
     def __init__(
         self, student_layers: Sequence[str], teacher_layers: Sequence[str] | None = None, weight: float = 1.0
     ) -> None:

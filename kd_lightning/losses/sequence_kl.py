@@ -83,14 +83,22 @@ class _TokenLoss(LogitLoss):
 class ForwardKL(_TokenLoss):
     """The teacher's next-token distribution as target; see :func:`forward_kl`.
 
+    Where only the teacher's k best tokens are known, it is :func:`~kd_lightning.losses.top_k_kl` with a tail.
+
     Args:
         temperature: T > 0, of both sides and of the factor T².
         weight: Factor of the term.
         standardize: See :class:`~kd_lightning.losses.LogitLoss`.
     """
 
+    takes_top_k = True
+
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+        from kd_lightning.losses.top_k_kl import top_k_kl  # which builds on this file
+
         tokens = padding(student.logits, target)
+        if teacher.top_k is not None and not self.standardize:
+            return top_k_kl(student.logits, *teacher.top_k, tokens, temperature=self.temperature)
         return forward_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
 
 

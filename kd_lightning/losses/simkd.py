@@ -41,6 +41,7 @@ class SimKD(FeatureLoss):
     """
 
     changes_student = True
+    needs_teacher_network = True
 
     def __init__(
         self,

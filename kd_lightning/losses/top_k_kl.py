@@ -82,10 +82,12 @@ def missing_mass(log_probs: Tensor) -> Tensor:
 class TopKKL(LogitLoss):
     """Only the teacher's k best classes and their probabilities, as from an API; see :func:`top_k_kl`.
 
-    It takes them from the teacher's logits. Ignored tokens do not count, images without label do.
+    It takes them from the teacher's logits, or from the best classes where no more is known
+    (:class:`~kd_lightning.outputs.TopK`): those that go beyond k are part of the tail then. Ignored tokens do not
+    count, images without label do.
 
     Args:
-        k: How many classes.
+        k: How many classes; of a teacher that tells fewer, all of these.
         tail: Whether all others are one further outcome; else the k best are renormalised.
         temperature: T > 0, of both sides and of the factor T².
         weight: Factor of the term.
@@ -94,6 +96,8 @@ class TopKKL(LogitLoss):
     Raises:
         ValueError: For k < 1; in ``forward``, for more than there are classes, and for a teacher of other classes.
     """
+
+    takes_top_k = True
 
     def __init__(
         self, k: int, tail: bool = True, temperature: float = 1.0, weight: float = 1.0, standardize: bool = False
@@ -107,13 +111,18 @@ class TopKKL(LogitLoss):
         self.temperature = temperature
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        check_same_shape(student.logits, teacher.logits)  # the formula sees the best classes' numbers only
+        tokens = padding(student.logits, target)
+        if teacher.top_k is not None and not self.standardize:
+            known, log_p = teacher.top_k
+            kept = log_p.topk(min(self.k, log_p.shape[-1]), -1)
+            chosen = known.gather(-1, kept.indices)
+            return top_k_kl(student.logits, chosen, kept.values, tokens, tail=self.tail, temperature=self.temperature)
         z_s, z_t = self.logits(student, teacher)
+        check_same_shape(z_s, z_t)  # the formula sees the best classes' numbers only
         log_t = F.log_softmax(classes_last(z_t), -1)
         if self.k > log_t.shape[-1]:
             raise ValueError(f"expected k up to the {log_t.shape[-1]} classes, got {self.k}: take forward_kl for all")
         best = log_t.topk(self.k, -1)
-        tokens = padding(student.logits, target)
         return top_k_kl(z_s, best.indices, best.values, tokens, tail=self.tail, temperature=self.temperature)
 
 

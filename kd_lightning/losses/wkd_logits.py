@@ -118,6 +118,7 @@ class WKDLogits(LogitLoss):
         given = torch.zeros(0, 0) if cost is None else torch.as_tensor(cost)
         _check_transport(given, len(given), regularization, iterations)
         self.teacher_classifier = teacher_classifier
+        self.needs_teacher_network = teacher_classifier is not None
         self.temperature, self.gamma, self.sharpness = temperature, gamma, sharpness
         self.regularization, self.iterations = regularization, iterations
         self.register_buffer("cost", given, persistent=False)  # it comes from the arguments or the teacher again

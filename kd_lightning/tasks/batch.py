@@ -32,7 +32,13 @@ class Identified(NamedTuple):
 
 
 class Taught(NamedTuple):
-    """A batch, and what a teacher gave for it: ``logits``, and features by ``features.<layer>``."""
+    """A batch, and what a teacher gave for it.
+
+    Attributes:
+        batch: As it was without.
+        teacher: ``logits``, or ``indices`` and ``log_probs`` of the best classes (:class:`~kd_lightning.outputs.TopK`);
+            features by ``features.<layer>``.
+    """
 
     batch: Any
     teacher: Mapping[str, Tensor]
@@ -40,7 +46,13 @@ class Taught(NamedTuple):
     def outputs(self) -> Outputs:
         prefix = "features."
         features = {n.removeprefix(prefix): x for n, x in self.teacher.items() if n.startswith(prefix)}
-        return Outputs(self.teacher["logits"], features)
+        if "logits" in self.teacher:
+            return Outputs(self.teacher["logits"], features)
+        if not {"indices", "log_probs"} <= self.teacher.keys():
+            raise ValueError(
+                f"expected a teacher's outputs by 'logits', or by 'indices' and 'log_probs', got {list(self.teacher)}"
+            )
+        return Outputs.of_top_k(self.teacher["indices"], self.teacher["log_probs"], features)
 
 
 class Unwrapped(NamedTuple):

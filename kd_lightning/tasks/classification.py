@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.outputs import classes_last
+from kd_lightning.outputs import Outputs, classes_last
 from kd_lightning.tasks.batch import Batch, unwrapped
 
 IGNORE_INDEX = -100
@@ -52,6 +52,15 @@ class Classification:
 
     def correct(self, logits: Tensor, target: Tensor) -> Tensor:
         """Tell for each labelled sample, token or pixel whether the highest logit is its label's: bool (labelled,)."""
+        return self.hits(classes_last(logits).argmax(-1), target)
+
+    def hits(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Tell for each labelled sample, token or pixel whether the predicted class is its label: bool (labelled,)."""
         labels = self.labels(target)
         labelled = labels != IGNORE_INDEX
-        return torch.eq(classes_last(logits).argmax(-1)[labelled], labels[labelled])
+        return torch.eq(predicted[labelled], labels[labelled])
+
+    def correct_outputs(self, outputs: Outputs, target: Tensor) -> Tensor:
+        """Tell the same of outputs, whose best class may be all that is known."""
+        known = outputs.top_k is None
+        return self.correct(outputs.logits, target) if known else self.hits(outputs.best(), target)

@@ -29,7 +29,7 @@ def log_terms(
     """Log the total, each term raw and weighted, the temperature, and the entropy of the teacher's soft targets.
 
     With several losses that have a temperature, each is logged under its own name, ``kd/temperature/<loss>``; the
-    entropy is that of the first.
+    entropy is that of the first. Where only the teacher's best classes are known, its entropy is not, and is left out.
     """
     values: dict[str, Tensor | float] = {}
     for name, term in terms.items():
@@ -38,10 +38,20 @@ def log_terms(
     temperatures = objective.temperatures()
     for name, temperature in temperatures.items():
         values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
-    if teacher is not None:
+    if teacher is not None and teacher.top_k is None:
         values["kd/teacher_entropy"] = relative_entropy(teacher.logits, next(iter(temperatures.values()), 1.0))
     module.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
     module.log_dict(values, batch_size=batch_size)
+
+
+def agreement(student: Outputs, teacher: Outputs) -> Tensor | None:
+    """Tell for each sample, token or pixel whether both find the same class most likely: bool (B,), (B, S), (B, H, W).
+
+    None where they tell other classes, or another vocabulary, apart: there is nothing to agree on.
+    """
+    if teacher.top_k is None and student.logits.shape != teacher.logits.shape:
+        return None
+    return torch.eq(student.best(), teacher.best())
 
 
 def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
