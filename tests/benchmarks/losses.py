@@ -37,8 +37,11 @@ FILLED = {"student_layer": "layer", "student_classifier": "fc", "teacher_classif
 TRAINING_SET = 50_000  # what the memory banks of crd hold
 TURNS, TURN_S = 5, 0.01  # of each side of a round's ratio
 
-# By a part of operators' names. All else goes element by element.
-KINDS = {"matrix products": "mm", "convolutions": "convolution", "indexing": "index", "sorting": "sort"}
+# By a part of operators' names. What remains goes element by element, or sums.
+KINDS = {
+    "matrix products": "mm", "convolutions": "convolution", "indexing": "index", "sorting": "sort", "pooling": "pool",
+    "distances": "cdist",
+}  # fmt: skip
 Step = Callable[[], None]
 
 
@@ -54,16 +57,19 @@ class Sizes(NamedTuple):
 
 
 class MadeTensors(TorchDispatchMode):
-    """Notes the shapes of the tensors that operators return, but not those of views that show more than there is."""
+    """Notes the shapes of the tensors that operators make: neither views nor what is written in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[torch.Size] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def tensors(tree: Any) -> list[Tensor]:
+            return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+        given = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = (x for x in tree_leaves(result) if isinstance(x, Tensor))
-        self.shapes |= {x.shape for x in made if x.untyped_storage().nbytes() >= x.nbytes}
+        self.shapes |= {x.shape for x in tensors(result) if x.untyped_storage().data_ptr() not in given}
         return result
 
 
@@ -147,7 +153,7 @@ def most_time(run: Step) -> str:
             found[kind].append(sum(x.self_cpu_time_total for x in operators if part in x.key) / total)
     shares = {kind: statistics.median(values) for kind, values in found.items()}
     kind = max(shares, key=shares.__getitem__)
-    return f"{kind} {shares[kind]:.0%}" if shares[kind] >= 0.25 else "element by element"
+    return f"{kind} {shares[kind]:.0%}" if shares[kind] >= 0.2 else "elements, sums"
 
 
 def in_letters(shape: torch.Size, sizes: Sizes) -> str:
