@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import SCAN, training_batches
-from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective
-from kd_lightning.outputs import Outputs, TopK, class_dim, classes_last
+from kd_lightning.outputs import Outputs, class_dim, classes_last
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import TeacherSource
 
@@ -26,10 +25,25 @@ _TOO_FEW_TO_JUDGE = 100
 
 
 def check_parts(teacher: TeacherSource | None, objective: DistillationObjective) -> None:
-    """Raise ValueError when a loss needs a teacher and none is there."""
+    """Raise ValueError when a loss needs a teacher, or its network, and none is there."""
     if teacher is None and objective.needs_teacher:
         names = [name for name, loss in objective.named_losses().items() if loss.needs_teacher]
         raise ValueError(f"losses {names} need a teacher, got teacher=None: pass a Teacher, or leave these losses out")
+    looking = [name for name, loss in objective.named_losses().items() if loss.needs_teacher_network]
+    if looking and teacher is not None and teacher.network is None:
+        raise ValueError(
+            f"losses {looking} look into the teacher's network, expected one that is there, got "
+            f"{type(teacher).__name__}: pass Teacher(network), or leave these losses out"
+        )
+
+
+def check_source(teacher: TeacherSource | None, batch: Batch) -> None:
+    """Raise ValueError for a teacher's outputs that nobody would read."""
+    if teacher is not None and teacher.network is not None and batch.teacher is not None:
+        raise ValueError(
+            "the batches bring a teacher's outputs, which the network that is given as teacher would not read: pass "
+            "teacher=FromBatch(), or leave them out of the batches"
+        )
 
 
 def check_checkpoint(state: Mapping[str, Tensor], student: nn.Module) -> None:
@@ -68,6 +82,7 @@ def dry_run(
         outputs = dry_forward("student", student, few.args, few.kwargs, objective.student_layers)
         return outputs._replace(samples=few.samples)
 
+    check_source(teacher, few)
     first, teacher_outputs = student_outputs(), None
     if teacher is not None:
         teacher_outputs = teacher.dry(few, objective.teacher_layers)
@@ -75,6 +90,7 @@ def dry_run(
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
     built = student_outputs() if objective.changes_student else first
     compute_once(objective, built, teacher_outputs, target)
+    check_top_k(batch.teacher, _classes(first))
     if batch.target is not None:
         check_labels(batch.target, _classes(first), task)
 
@@ -138,7 +154,13 @@ def check_outputs(
             check_logits(role, outputs.logits)
     losses = objective.named_losses()
     if teacher is not None and teacher.top_k is not None:
-        _check_top_k(teacher.top_k, losses, _classes(student))
+        refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]
+        if refused:
+            raise ValueError(
+                f"losses {refused} read the teacher's logits of all classes, got its "
+                f"{teacher.top_k.indices.shape[-1]} best: {TOP_K_REMEDY}"
+            )
+        check_top_k(teacher, _classes(student))
     comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
     if comparing and teacher is not None and teacher.top_k is None and _classes(teacher) != _classes(student):
         raise ValueError(
@@ -181,15 +203,11 @@ def compute_once(
         )
 
 
-def _check_top_k(top_k: TopK, losses: Mapping[str, DistillationLoss], classes: int) -> None:
-    """Raise ValueError for losses that need the logits, classes that the student has not, and what is no top k."""
-    indices, log_probs = top_k
-    refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]
-    if refused:
-        raise ValueError(
-            f"losses {refused} read the teacher's logits of all classes, got its {indices.shape[-1]} best: "
-            f"{TOP_K_REMEDY}"
-        )
+def check_top_k(teacher: Outputs | None, classes: int) -> None:
+    """Raise ValueError where a teacher's best classes are not the student's, come twice, or are of no probability."""
+    if teacher is None or teacher.top_k is None:
+        return
+    indices, log_probs = teacher.top_k
     filled = log_probs > -math.inf
     wrong = indices[filled & ((indices < 0) | (indices >= classes))]
     if wrong.numel():
@@ -244,6 +262,8 @@ def check_teacher_accuracy(module: LightningModule, teacher: TeacherSource, task
         batch = task.read(precision.convert_input(move_data_to_device(raw, module.device)))
         if batch.target is None:
             return
+        if not teacher.can_teach(batch):
+            continue
         with precision.forward_context():
             outputs = teacher(batch)
         if outputs.top_k is None:

@@ -15,6 +15,7 @@ from kd_lightning.dry_forward import unknown_layer
 from kd_lightning.lookahead import untouched_rng
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification, unwrapped
+from kd_lightning.tasks.batch import Unwrapped
 
 
 class Trial:
@@ -110,12 +111,15 @@ class Trial:
 class AsInTraining(Classification):
     """Reads a batch as the student's arguments in ``training_step``, whatever is done to it there."""
 
-    def __init__(self, trial: Trial, target: Callable[[Any], Tensor | None]) -> None:
-        self._trial, self._target = trial, target
+    def __init__(
+        self, trial: Trial, target: Callable[[Any], Tensor | None], unwrap: Callable[[Any], Unwrapped] = unwrapped
+    ) -> None:
+        self._trial, self._target, self._unwrap = trial, target, unwrap
 
     def read(self, batch: Any) -> Batch:
+        batch, samples, teacher = self._unwrap(batch)
         args, kwargs = self._trial.run(batch).inputs[0]
-        return Batch(args, kwargs, self._target(batch))
+        return Batch(args, kwargs, self._target(batch), samples, teacher)
 
 
 def few(batch: Any, count: int) -> Any:

@@ -22,7 +22,9 @@ from kd_lightning.preflight import (
     check_logits,
     check_outputs,
     check_parts,
+    check_source,
     check_teacher_accuracy,
+    check_top_k,
     compute_once,
     first_batch,
     samples_needed,
@@ -95,9 +97,8 @@ class Distillation(Callback):
         self.objective = DistillationObjective(losses)
         self.task_weight = task_weight
         self.check_teacher = check_teacher
-        self._task = _Reading(
-            teacher_inputs, target, any(loss.needs_labels for loss in self.objective.named_losses().values())
-        )
+        labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
+        self._task = _Reading(teacher_inputs, target, labels_needed, self._unwrapped)
         self._tap = Tap(student, logits, inputs=teacher_inputs is None)
         self._undo = ExitStack()
         self._trial: Trial | None = None
@@ -163,7 +164,7 @@ class Distillation(Callback):
         assert self._trial is not None
         if self.check_teacher:
             self._trial.module.to(pl_module.device)
-            task = AsInTraining(self._trial, self._task.target) if self._tap.inputs else self._task
+            task = AsInTraining(self._trial, self._task.target, self._unwrapped) if self._tap.inputs else self._task
             check_teacher_accuracy(pl_module, self.teacher, task)
         self._trial = None
 
@@ -178,7 +179,7 @@ class Distillation(Callback):
     def _around(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(training_step)
         def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            around = unwrapped(batch)
+            around = self._unwrapped(batch)
             batch = around.batch
             try:
                 with self._tap.watch(module, self.objective.student_layers, once=True) as seen:
@@ -267,7 +268,8 @@ class Distillation(Callback):
         seen, self._seen = self._seen, Seen()
         if not seen.outputs or (self._tap.inputs and not seen.inputs):
             return  # how the module validates is its own affair
-        of_teacher = self._batch_of_teacher(unwrapped(batch), seen)
+        around = self._unwrapped(batch)
+        of_teacher = self._batch_of_teacher(around, seen)
         if not self.teacher.can_teach(of_teacher):
             return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
@@ -277,7 +279,7 @@ class Distillation(Callback):
         if same is None:
             return
         self._log_mean(module, f"{prefix}/agreement", same)
-        target = self._task.target_or_none(batch)
+        target = self._task.target_or_none(around.batch)
         if prefix == "test" or self._teacher_accuracy_logged or target is None:
             return
         if self._task.labels(target).shape == same.shape:
@@ -309,7 +311,7 @@ class Distillation(Callback):
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
         raw, first = first_batch(training_batches(module), self.objective, self._task)
-        around = unwrapped(raw)
+        around = self._unwrapped(raw)
         raw = around.batch
         batch = few(raw, samples_needed(self.objective))
         try:
@@ -321,15 +323,19 @@ class Distillation(Callback):
             seen = trial.run(batch, self.objective.student_layers)
         check_logits("student", seen.logits, 'name the layer before the softmax with logits="..."')
         around = _first(around, len(seen.logits))._replace(batch=batch)
-        teacher = self.teacher.dry(self._batch_of_teacher(around, seen), self.objective.teacher_layers)
+        of_teacher = self._batch_of_teacher(around, seen)
+        check_source(self.teacher, of_teacher)
+        teacher = self.teacher.dry(of_teacher, self.objective.teacher_layers)
         features = {name: x.detach() for name, x in seen.features.items()}
         student = Outputs(seen.logits.detach(), features, around.samples)
         target = self._task.target(batch)
         check_outputs(self.objective, student, teacher, target, self._task)
         self.objective.build(student, teacher, self._student_to_attach(module, trial), self.teacher.network)
         compute_once(self.objective, student, teacher, target)
+        classes = student.logits.shape[class_dim(student.logits)]
+        check_top_k(first.teacher, classes)
         if first.target is not None:
-            check_labels(first.target, student.logits.shape[class_dim(student.logits)], self._task)
+            check_labels(first.target, classes, self._task)
 
     def _student_to_attach(self, module: LightningModule, trial: Trial) -> nn.Module:
         """Return the student itself, or the copy where the module makes it, or parts of it, only after this setup."""
@@ -339,6 +345,9 @@ class Distillation(Callback):
         except ValueError:
             return copied
         return student if dict(student.named_modules()).keys() == dict(copied.named_modules()).keys() else copied
+
+    def _unwrapped(self, batch: Any) -> Unwrapped:
+        return unwrapped(batch, bare=self.teacher.in_batch)
 
     def _batch_of_teacher(self, around: Unwrapped, seen: Seen) -> Batch:
         args, kwargs = seen.inputs[0] if self._tap.inputs else self._task.arguments(around.batch)
@@ -358,18 +367,20 @@ class _Reading(Classification):
         teacher_inputs: Callable[[Any], Any] | None,
         target: Callable[[Any], Tensor | None] | None,
         labels_needed: bool,
+        unwrap: Callable[[Any], Unwrapped],
     ) -> None:
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
+        self._unwrap = unwrap
 
     def read(self, batch: Any) -> Batch:
-        batch = unwrapped(batch).batch
+        batch, samples, teacher = self._unwrap(batch)
         target = self.target(batch)
         if self._teacher_inputs is not None:
-            return Batch(*self.arguments(batch), target)
+            return Batch(*self.arguments(batch), target, samples, teacher)
         try:
-            return super().read(batch)._replace(target=target)
+            return super().read(batch)._replace(target=target, samples=samples, teacher=teacher)
         except TypeError:
-            return Batch((), {}, target)  # the module knows how to read it
+            return Batch((), {}, target, samples, teacher)  # the module knows how to read it
 
     def target(self, batch: Any) -> Tensor | None:
         if self._target is not None:

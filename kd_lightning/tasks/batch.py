@@ -1,6 +1,6 @@
 """What a batch holds beside inputs and targets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,6 +55,32 @@ class Taught(NamedTuple):
         return Outputs.of_top_k(self.teacher["indices"], self.teacher["log_probs"], features)
 
 
+def taught(batch: Any) -> Any:
+    """Return a bare batch that holds a teacher's outputs as :class:`Taught`, any other as it is.
+
+    These are the third part of (input, target, teacher's logits), or of (input, target, mapping by the names of
+    :class:`Taught`), and the values of a mapping under these names after ``teacher_``: ``teacher_logits``, or
+    ``teacher_indices`` and ``teacher_log_probs``; ``teacher_features.<layer>``.
+    """
+    if isinstance(batch, Mapping):
+        own = {name: _in_mapping(name) for name in batch if _in_mapping(name)}
+        rest = {name: value for name, value in batch.items() if name not in own}
+        return Taught(rest, {own[name]: batch[name] for name in own}) if own else batch
+    if isinstance(batch, Taught | Identified) or not isinstance(batch, Sequence) or len(batch) != 3:
+        return batch
+    third = batch[2]
+    if isinstance(third, Mapping) and ("logits" in third or "indices" in third):
+        return Taught(batch[:2], third)
+    if isinstance(third, Tensor) and third.is_floating_point() and third.ndim > 1:
+        return Taught(batch[:2], {"logits": third})
+    return batch
+
+
+def _in_mapping(name: Any) -> str:
+    own = name.removeprefix("teacher_") if isinstance(name, str) and name.startswith("teacher_") else ""
+    return own if own in ("logits", "indices", "log_probs") or own.startswith("features.") else ""
+
+
 class Unwrapped(NamedTuple):
     """A batch as the data set gives it, and what was put around it."""
 
@@ -63,10 +89,16 @@ class Unwrapped(NamedTuple):
     teacher: Outputs | None = None
 
 
-def unwrapped(batch: Any) -> Unwrapped:
-    """Take off what :class:`Identified` and :class:`Taught` put around a batch, in whatever order."""
+def unwrapped(batch: Any, bare: bool = False) -> Unwrapped:
+    """Take off what :class:`Identified` and :class:`Taught` put around a batch, in whatever order.
+
+    Args:
+        batch: As the loader gives it.
+        bare: Take also out of a bare tuple or mapping what :func:`taught` finds there.
+    """
+    batch = taught(batch) if bare else batch
     if isinstance(batch, Identified):
-        return unwrapped(batch.batch)._replace(samples=Samples(batch.ids, int(batch.total.flatten()[0])))
+        return unwrapped(batch.batch, bare)._replace(samples=Samples(batch.ids, int(batch.total.flatten()[0])))
     if isinstance(batch, Taught):
         return unwrapped(batch.batch)._replace(teacher=batch.outputs())
     return Unwrapped(batch)

@@ -16,6 +16,9 @@ IGNORE_INDEX = -100
 class Classification:
     """Batches of (input, target), of inputs alone, or mappings with ``labels`` as Hugging Face data sets give them.
 
+    A teacher's outputs may come along: around the batch (:class:`~kd_lightning.tasks.Taught`), as the third part of a
+    tuple, or in a mapping by names such as ``teacher_logits``; see :class:`~kd_lightning.teachers.FromBatch`.
+
     Targets are class indices, -100 for a sample (a pixel, a token) without label, or probabilities of the logits' shape
     (mixup).
     """
@@ -28,7 +31,7 @@ class Classification:
         Raises:
             TypeError: For a batch of another kind.
         """
-        batch, samples, teacher = unwrapped(batch)
+        batch, samples, teacher = unwrapped(batch, bare=True)
         return self._read(batch)._replace(samples=samples, teacher=teacher)
 
     def _read(self, batch: Any) -> Batch:

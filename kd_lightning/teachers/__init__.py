@@ -1,6 +1,7 @@
 """Where teacher outputs come from."""
 
 from kd_lightning.teachers.base import TeacherSource
+from kd_lightning.teachers.from_batch import FromBatch
 from kd_lightning.teachers.live import Teacher
 
-__all__ = ["Teacher", "TeacherSource"]
+__all__ = ["FromBatch", "Teacher", "TeacherSource"]

@@ -18,9 +18,12 @@ class TeacherSource:
 
     Attributes:
         network: For losses that look into the teacher; None where only its outputs can be reached.
+        in_batch: Whether its outputs are parts of bare batches, to be taken out before anybody's ``training_step`` sees
+            them; see :func:`~kd_lightning.tasks.batch.taught`.
     """
 
     network: nn.Module | None = None
+    in_batch = False
 
     def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
         """Return logits and the named layers' features, without a graph, for the very inputs that the student gets."""
