@@ -16,14 +16,14 @@ def class_correlation(student_logits: Tensor, teacher_logits: Tensor, *, tempera
     The products run over samples, so the value grows with the square of the batch. No factor T².
 
     Shape:
-        student_logits, teacher_logits: (B, C). The largest intermediate is (C, C), or (B, B) if that is smaller.
+        student_logits, teacher_logits: (B, C). The largest intermediate is (C, C), or (B, B) for 2·B < C.
 
     Raises:
         ValueError: For a temperature ≤ 0, unequal shapes or other than one row a sample.
     """
     p_s, p_t = _probabilities(student_logits, teacher_logits, temperature)
     batch, classes = p_s.shape
-    if batch >= classes:
+    if 2 * batch >= classes:  # the cheaper way, up to there
         return (p_t.T @ p_t - p_s.T @ p_s).square().sum() / classes
     # With D = P_t - P_s and S = P_t + P_s the matrix is (DᵀS + SᵀD) / 2, and its norm is that of products over classes.
     # Not the norms of both sides apart, whose difference is lost to rounding where the student is near the teacher.
