@@ -93,8 +93,8 @@ def _cosines(x: Tensor) -> Tensor:
     """Return the cosine of the angle at sample i between samples j and k, (B, B, B), by the law of cosines."""
     # From distances, that of close samples keeps its digits; a Gram matrix of the samples would lose them.
     distances = _distances(x)
-    squares = distances.square()
-    apart = squares >= torch.finfo(x.dtype).tiny
+    halves = distances.square() / 2
+    apart = halves >= torch.finfo(x.dtype).tiny
     inverse = (1 / distances.where(apart, 1.0)).where(apart, 0.0)
-    products = (squares[:, :, None] + squares[:, None] - squares) / 2  # ⟨x_j − x_i, x_k − x_i⟩
+    products = halves[:, :, None] + halves[:, None] - halves  # ⟨x_j − x_i, x_k − x_i⟩
     return products * inverse[:, :, None] * inverse[:, None]
