@@ -20,7 +20,7 @@ from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step
+from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
 
@@ -204,6 +204,8 @@ class DistillationModule(LightningModule):
         self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)
         if prefix == "val" and not self._teacher_accuracy_logged and target is not None:
             self._teacher_accuracy.update(self.task.correct_outputs(teacher, target).float())
+            for name, hits in members_hits(teacher, target, self.task).items():
+                self.log(name, hits.float().mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(hits))
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

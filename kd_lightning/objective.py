@@ -108,7 +108,8 @@ class DistillationObjective(nn.Module):
             for name, loss in self.named_losses().items():
                 with _errors_name(name, loss):
                     _check_top_k(loss, teacher)
-                    raw = loss(*_batch_of(loss, student, teacher, target))
+                    softened = teacher.softened(getattr(loss, "temperature", None))
+                    raw = loss(*_batch_of(loss, student, softened, target))
                 terms[name] = Term(raw, loss.weight * raw)
             total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
             return total, terms

@@ -1,6 +1,7 @@
 """Call a network and take named layers' outputs along."""
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,32 @@ class TopK(NamedTuple):
     log_probs: Tensor
 
 
+class Members(NamedTuple):
+    """What the members of an ensemble gave, of which the average depends on the temperature.
+
+    Attributes:
+        logits: One tensor for each, of one shape.
+        weights: Of the average; their sum is 1.
+    """
+
+    logits: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+
+    def mixed(self, temperature: float = 1.0) -> Tensor:
+        """Return T·log Σ_k w_k·softmax(z_k / T): logits whose softmax at T is the average of the probabilities at T.
+
+        In float32 where the members' are in half precision.
+        """
+        total: Tensor | None = None
+        for z, weight in zip(self.logits, self.weights, strict=True):
+            if weight:
+                z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+                log_p = torch.log_softmax(z / temperature, class_dim(z)) + math.log(weight)
+                total = log_p if total is None else torch.logaddexp(total, log_p)
+        assert total is not None
+        return temperature * total
+
+
 class Outputs(NamedTuple):
     """What a network gave for one batch.
 
@@ -46,12 +73,14 @@ class Outputs(NamedTuple):
         features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
         samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
         top_k: The best classes of a teacher whose logits are not known.
+        members: Of an ensemble; ``logits`` are those of their average at T = 1.
     """
 
     logits: Tensor
     features: Mapping[str, Tensor] = {}
     samples: Samples | None = None
     top_k: TopK | None = None
+    members: Members | None = None
 
     @classmethod
     def of_top_k(cls, indices: Tensor, log_probs: Tensor, features: Mapping[str, Tensor] | None = None) -> "Outputs":
@@ -66,6 +95,12 @@ class Outputs(NamedTuple):
                 f"{tuple(log_probs.shape)}"
             )
         return cls(log_probs[..., :0], features or {}, top_k=TopK(indices.long(), log_probs))
+
+    def softened(self, temperature: float | Tensor | None) -> "Outputs":
+        """Return the outputs for a loss of that temperature: an ensemble's logits are others at another T."""
+        if self.members is None or temperature is None or float(temperature) == 1:
+            return self
+        return self._replace(logits=self.members.mixed(float(temperature)))
 
     def best(self) -> Tensor:
         """Return the most likely class: (B,), (B, S) or (B, H, W)."""

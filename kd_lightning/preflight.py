@@ -39,7 +39,7 @@ def check_parts(teacher: TeacherSource | None, objective: DistillationObjective)
 
 def check_source(teacher: TeacherSource | None, batch: Batch) -> None:
     """Raise ValueError for a teacher's outputs that nobody would read."""
-    if teacher is not None and teacher.network is not None and batch.teacher is not None:
+    if teacher is not None and teacher.network is not None and not teacher.in_batch and batch.teacher is not None:
         raise ValueError(
             "the batches bring a teacher's outputs, which the network that is given as teacher would not read: pass "
             "teacher=FromBatch(), or leave them out of the batches"
@@ -152,6 +152,8 @@ def check_outputs(
     for role, outputs in (("student", student), ("teacher", teacher)):
         if outputs is not None and outputs.top_k is None:
             check_logits(role, outputs.logits)
+    for i, logits in enumerate(teacher.members.logits if teacher is not None and teacher.members is not None else ()):
+        check_logits(f"teacher {i} of the ensemble", logits)
     losses = objective.named_losses()
     if teacher is not None and teacher.top_k is not None:
         refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]

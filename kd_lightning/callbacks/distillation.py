@@ -34,7 +34,7 @@ from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step
+from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
 from kd_lightning.trial import AsInTraining, Trial, few
 
 _CHILD = "distillation"
@@ -284,6 +284,8 @@ class Distillation(Callback):
             return
         if self._task.labels(target).shape == same.shape:
             self._log_mean(module, "val/teacher_acc", self._task.correct_outputs(teacher, target))
+            for name, hits in members_hits(teacher, target, self._task).items():
+                self._log_mean(module, name, hits)
 
     @staticmethod
     def _log_mean(module: LightningModule, name: str, hits: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective, Term
 from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.tasks import Classification
 
 
 def logs_this_step(trainer: Trainer) -> bool:
@@ -39,7 +40,8 @@ def log_terms(
     for name, temperature in temperatures.items():
         values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
     if teacher is not None and teacher.top_k is None:
-        values["kd/teacher_entropy"] = relative_entropy(teacher.logits, next(iter(temperatures.values()), 1.0))
+        temperature = next(iter(temperatures.values()), 1.0)
+        values["kd/teacher_entropy"] = relative_entropy(teacher.softened(temperature).logits, temperature)
     module.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
     module.log_dict(values, batch_size=batch_size)
 
@@ -52,6 +54,16 @@ def agreement(student: Outputs, teacher: Outputs) -> Tensor | None:
     if teacher.top_k is None and student.logits.shape != teacher.logits.shape:
         return None
     return torch.eq(student.best(), teacher.best())
+
+
+def members_hits(teacher: Outputs, target: Tensor, task: Classification) -> dict[str, Tensor]:
+    """Tell for each member of an ensemble which labels it finds, by the name under which their mean is logged.
+
+    Nothing where there is no label, or no ensemble.
+    """
+    members = teacher.members.logits if teacher.members is not None else ()
+    hits = {f"val/teacher_acc/{i}": task.correct(logits, target) for i, logits in enumerate(members)}
+    return {name: found for name, found in hits.items() if found.numel()}
 
 
 def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
