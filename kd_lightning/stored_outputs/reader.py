@@ -1,0 +1,155 @@
+"""A data set whose samples bring a teacher's stored outputs along."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kd_lightning.data.loaders import View
+from kd_lightning.stored_outputs.layout import MANIFEST, Manifest, read_manifest
+from kd_lightning.stored_outputs.manifest import check, fingerprint
+from kd_lightning.stored_outputs.replay import ReplayedViews
+from kd_lightning.stored_outputs.shards import ShardReader
+from kd_lightning.stored_outputs.store import Store, file_checksum
+from kd_lightning.tasks.batch import Taught
+from kd_lightning.teachers import TeacherSource
+
+
+class StoredOutputs(Dataset[Any]):
+    """A data set with the outputs that :func:`~kd_lightning.stored_outputs.store_outputs` wrote for it.
+
+    A sample is augmented as it was when the teacher saw it. Which of its views comes is up to the epoch: view
+    ``epoch % views``. The epoch comes with the key where a loader asks for a
+    :class:`~kd_lightning.data.loaders.View`: our data modules' loaders do, and any ``DataLoader`` with
+    ``sampler=Views(dataset)``. With plain integers as keys, it is what :meth:`set_epoch` was told.
+
+    Args:
+        dataset: The one that was stored, whole and in its order; a ``Subset`` or ``ConcatDataset`` goes around this or
+            was inside when the outputs were written.
+        path: Where they are; anything that fsspec reaches.
+        teacher: Compared with the one that wrote them, where it is at hand.
+        cache: Where the files of a remote path are kept on this machine.
+
+    Raises:
+        ValueError: For outputs that are not complete, or of another data set, transform or teacher; names what differs.
+
+    Shape: ``logits`` (B, C), float16 or float32; or ``indices`` and ``log_probs`` (B, k); ``features.<layer>``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        teacher: TeacherSource | torch.nn.Module | None = None,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.store = Store(path, cache)
+        self.manifest = read_complete(self.store)
+        stored = self.manifest.fingerprint
+        self.views = ReplayedViews(dataset, stored["seed"])
+        check(stored, fingerprint(self.views, self.manifest.views, teacher), self.store)
+        self._readers = {name: ShardReader(self.store, self.manifest, name) for name in self.manifest.arrays}
+        if not self.store.remote:
+            for reader in self._readers.values():
+                for shard in range(self.manifest.count):
+                    reader.path(shard)
+        # In shared memory: workers that live on from one epoch to the next see the change.
+        self._epoch = torch.full((), -1, dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the view for plain integers as keys, for this process and its workers; before the epoch's iterator."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, key: View | int) -> Taught:
+        key = self._view(key)
+        outputs = {name: x[0] for name, x in self.outputs([key]).items()}
+        return Taught(self.views[key], outputs)
+
+    def __getitems__(self, keys: Sequence[View | int]) -> Any:
+        """Fetch a batch at once: as samples, or collated as our own data sets give it."""
+        chosen = [self._view(key) for key in keys]
+        outputs, fetched = self.outputs(chosen), self.views.__getitems__(chosen)
+        if not isinstance(fetched, list):
+            return Taught(fetched, outputs)
+        names, parts = list(outputs), [x.unbind() for x in outputs.values()]
+        rows = zip(*parts, strict=True)
+        return [Taught(x, dict(zip(names, row, strict=True))) for x, row in zip(fetched, rows, strict=True)]
+
+    def outputs(self, keys: Sequence[View]) -> dict[str, Tensor]:
+        """Return what was stored for views of samples, without the samples."""
+        numbers = np.asarray(keys, np.int64)
+        rows = numbers[:, 1] * self.manifest.samples + numbers[:, 0]
+        found: dict[str, Tensor] = {}
+        for name, reader in self._readers.items():
+            array = reader.array
+            taken = reader.take(rows)
+            if name != "logits":
+                found[name] = torch.from_numpy(taken)
+                continue
+            found |= array.code.decode(taken, array.shape[-1])
+            if self.manifest.classes_first and "logits" in found:
+                found["logits"] = found["logits"].movedim(-1, 1)
+        return found
+
+    def _view(self, key: View | int) -> View:
+        sample, epoch = key if isinstance(key, View) else (int(key), None)
+        samples, views = self.manifest.samples, self.manifest.views
+        if not -samples <= sample < samples:
+            raise IndexError(f"sample {sample} of {samples}")
+        if epoch is None:
+            epoch = int(self._epoch)
+            if epoch < 0 and views > 1:
+                raise ValueError(
+                    f"{views} views of each sample are stored, and the loader asks for samples without saying the "
+                    "epoch, which chooses the view: pass DataLoader(..., sampler=Views(dataset)) from "
+                    "kd_lightning.stored_outputs, or call set_epoch(epoch) ahead of each epoch"
+                )
+        return View(sample % samples, max(epoch, 0) % views)
+
+
+def verify(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Manifest:
+    """Read all files and compare their checksums.
+
+    Raises:
+        ValueError: Names all files that are missing, torn or changed.
+    """
+    store = Store(path, cache)
+    manifest = read_complete(store)
+    problems = []
+    for name in manifest.arrays:
+        reader = ShardReader(store, manifest, name)
+        for shard in range(manifest.count):
+            try:
+                file = reader.path(shard)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if file_checksum(file) != manifest.shards[shard][name]:
+                problems.append(f"{file} has other bytes than were written, by its checksum")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} files of {store} are damaged: {'; '.join(problems)}. Remove them, and call store_outputs "
+            "again, which writes what is missing"
+        )
+    return manifest
+
+
+def read_complete(store: Store) -> Manifest:
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise ValueError(f"{store} has no {MANIFEST}, expected stored outputs: call store_outputs first")
+    if not manifest.complete:
+        raise ValueError(
+            f"the outputs in {store} are not complete, expected {manifest.count} shards: call store_outputs again with "
+            "the same arguments, which goes on where it was cut off"
+        )
+    return manifest

@@ -1,0 +1,185 @@
+"""Files of rows that are whole, or are not there."""
+
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_lightning.stored_outputs.layout import Manifest, file_name, header, record_name
+from kd_lightning.stored_outputs.store import Store, file_checksum, locked, sync_folder, write_local
+
+_OPEN_FILES = 256  # of an array, at a time: a process may have a thousand
+
+
+class ShardWriter:
+    """Appends to the files of one shard under temporary names, and goes on where an earlier writer was cut off.
+
+    What was appended since the last :meth:`commit` is lost when the process dies; the rest is verified and kept.
+
+    Attributes:
+        rows: How many are written.
+        tally: Plain numbers that are kept with the rows, such as sums of errors.
+
+    Raises:
+        RuntimeError: When another process is writing the shard.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, shard: int) -> None:
+        self.store, self.manifest, self.shard = store, manifest, shard
+        self.folder = store.local / "shards"
+        self.rows, self.tally = 0, [0.0] * 5
+        self._progress = self.folder / f"{shard:06d}.progress"
+        self._files: dict[str, BinaryIO] = {}
+        self._checksums: dict[str, int] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "ShardWriter":
+        try:
+            self._stack.enter_context(locked(self.folder / f"{self.shard:06d}.lock"))
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another process is writing shard {self.shard} of {self.store}, expected one writer a shard: wait for "
+                "it, or pass each its rank= and world_size="
+            ) from None
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def append(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, rows in arrays.items():
+            content = np.ascontiguousarray(rows).tobytes()
+            _write(self._files[name], content)
+            self._checksums[name] = zlib.crc32(content, self._checksums[name])
+        self.rows += len(next(iter(arrays.values())))
+
+    def commit(self) -> None:
+        """Let what is written outlast this process and a power cut."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        state = {"rows": self.rows, "checksums": self._checksums, "tally": self.tally}
+        write_local(self._progress, json.dumps(state))
+
+    def finish(self) -> None:
+        """Give the files their names, and say that the shard is whole."""
+        self.commit()
+        for name in self._files:
+            os.replace(self._partial(name), self.store.local / file_name(self.shard, name))
+        sync_folder(self.folder)
+        for name in self._files:
+            self.store.publish(file_name(self.shard, name))
+        record = {"checksums": self._checksums, "tally": self.tally}
+        self.store.write_text(record_name(self.shard), json.dumps(record))
+        self._progress.unlink()
+
+    def _open(self) -> None:
+        state = json.loads(self._progress.read_text()) if self._progress.exists() else None
+        expected = len(self.manifest.rows_of(self.shard))
+        lengths = {}
+        for name, array in self.manifest.arrays.items():
+            whole = self.store.local / file_name(self.shard, name)
+            if whole.exists():  # cut off between the renamings, or found to be damaged
+                os.replace(whole, self._partial(name))
+            head = header(array, expected)
+            self._checksums[name] = zlib.crc32(head)
+            lengths[name] = len(head) + (state["rows"] if state else 0) * array.bytes_per_row
+        if state and all(self._is_intact(name, lengths[name], state["checksums"][name]) for name in lengths):
+            self.rows, self.tally, self._checksums = state["rows"], state["tally"], state["checksums"]
+        for name, array in self.manifest.arrays.items():
+            path = self._partial(name)
+            file = self._stack.enter_context(path.open("r+b" if self.rows else "wb", buffering=0))
+            self._files[name] = file
+            if self.rows:
+                file.truncate(lengths[name])
+                file.seek(lengths[name])
+            else:
+                _write(file, header(array, expected))
+
+    def _is_intact(self, name: str, length: int, checksum: int) -> bool:
+        path = self._partial(name)
+        return path.exists() and path.stat().st_size >= length and file_checksum(path, length) == checksum
+
+    def _partial(self, name: str) -> Path:
+        return self.store.local / (file_name(self.shard, name) + ".partial")
+
+
+class ShardReader:
+    """Rows of one array by number, from files that are mapped into memory when they are first needed."""
+
+    def __init__(self, store: Store, manifest: Manifest, name: str) -> None:
+        self.store, self.manifest, self.name = store, manifest, name
+        self.array = manifest.arrays[name]
+        self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_maps": OrderedDict()}  # each process maps for itself
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return copies of the rows, one indexing a file.
+
+        Raises:
+            ValueError: For a file that is missing or torn.
+        """
+        shards, places = np.divmod(rows, self.manifest.rows_per_shard)
+        first = int(shards[0])
+        if len(rows) == 1 or (shards == first).all():
+            return self.mapped(first).take(places, 0)
+        found = np.empty((len(rows), *self.array.row), self.array.code.dtype)
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            found[here] = self.mapped(shard).take(places[here], 0)
+        return found
+
+    def mapped(self, shard: int) -> NDArray[Any]:
+        found = self._maps.get(shard)
+        if found is None:
+            found = np.load(self.path(shard), mmap_mode="r").view(np.ndarray)
+            expected = (len(self.manifest.rows_of(shard)), *self.array.row)
+            if found.shape != expected:
+                raise ValueError(
+                    f"{self.path(shard)} holds {found.shape}, expected {expected}: call verify(), which names all "
+                    "files that are damaged"
+                )
+            if len(self._maps) >= _OPEN_FILES:
+                self._maps.popitem(last=False)
+            self._maps[shard] = found
+        return found
+
+    def path(self, shard: int) -> Path:
+        """Return where a file is, with the length that it should have."""
+        size = file_size(self.manifest, shard, self.name)
+        return self.store.file(file_name(shard, self.name), size, self.manifest.shards[shard][self.name])
+
+
+def record_of(store: Store, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+    """Return a shard's checksums and tally; None unless all its files are there, in their full length."""
+    text = store.read_text(record_name(shard))
+    sizes = {name: store.size(file_name(shard, name)) for name in manifest.arrays}
+    if text is None or any(size != file_size(manifest, shard, name) for name, size in sizes.items()):
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def file_size(manifest: Manifest, shard: int, name: str) -> int:
+    array, rows = manifest.arrays[name], len(manifest.rows_of(shard))
+    return len(header(array, rows)) + rows * array.bytes_per_row
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """Write all of it: the system may take a part, and the next call tells why."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
