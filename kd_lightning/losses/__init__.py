@@ -14,7 +14,9 @@ from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.fsp import FSP, fsp
 from kd_lightning.losses.ft import FT, factor_transfer
+from kd_lightning.losses.fused_linear_divergence import fused_linear_divergence
 from kd_lightning.losses.fused_linear_kl import fused_linear_kl
+from kd_lightning.losses.fused_linear_top_k_kl import fused_linear_top_k_kl
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
@@ -105,7 +107,9 @@ __all__ = [
     "factor_transfer",
     "forward_kl",
     "fsp",
+    "fused_linear_divergence",
     "fused_linear_kl",
+    "fused_linear_top_k_kl",
     "hard_label",
     "hierarchical_context",
     "hint",
