@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from kd_lightning.pipeline.results import Role
 from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
-_STAGES = ("teacher", *_STUDENTS, "verdict")
+_STAGES = ("teacher", "assistants", *_STUDENTS, "verdict")
 _MISTAKES = (ValueError, TypeError, OSError, OmegaConfBaseException, InstantiationException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
@@ -93,6 +94,7 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
     students = [role for role in _STUDENTS if role in config.stages]
     if "teacher" in config.stages or config.teacher.checkpoint is not None:
         teacher = _teacher(resolved)
+    assistants = [_assistant(resolved, name) for name in resolved["assistants"] if "assistants" in config.stages]
     recipes = []
     for role in students:
         variants = _variants(config, overrides) if role == "distilled" else {role: resolved}
@@ -101,6 +103,7 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
     return Pipeline(
         name=resolved["name"] or experiment or "kd-lightning",
         teacher=teacher,
+        assistants=assistants,
         students=recipes,
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
@@ -122,12 +125,27 @@ def _teacher(config: Mapping[str, Any]) -> Recipe:
     return _recipe(own, "teacher", "teacher", int(part["seed"]), checkpoint)
 
 
+def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
+    """Train like the teacher, but with the distilled student's losses unless the assistant has others."""
+    part, names = config["assistants"][name], list(config["assistants"])
+    if name in _STAGES:
+        raise ValueError(f"an assistant is named {name!r}, expected another name than that of a stage")
+    teacher = config["teacher"]
+    own = {key: part.get(key, teacher[key]) for key in ("optimizer", "scheduler")}
+    own |= {"network": part["network"], "losses": part.get("losses", config["losses"]), "callbacks": {}}
+    own |= {"trainer": {**config["trainer"], **teacher["trainer"], **part.get("trainer", {})}, "data": config["data"]}
+    before = ("teacher", *names)[names.index(name)]
+    recipe = _recipe(own, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"])
+    return replace(recipe, taught_by=part.get("taught_by", before))
+
+
 def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Recipe:
     own = {key: config[key] for key in ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data")}
     own["network"] = config["student"]["network"]
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
         own |= {"losses": config[role]["losses"], "callbacks": {}}
-    return _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
+    recipe = _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
+    return replace(recipe, taught_by=config["taught_by"]) if role == "distilled" else recipe
 
 
 def _recipe(

@@ -36,17 +36,22 @@ class CNN64(nn.Module):
 class CNN8(nn.Module):
     """The default student: three 3×3 convolutions of stride 2 with 8, 16 and 16 channels; 6,218 parameters.
 
+    Args:
+        num_classes: Of the logits.
+        in_channels: Of the images.
+        width: Of the first convolution; the others have twice as many channels. An assistant may have more than 8.
+
     Shape: (B, in_channels, 28, 28) to (B, num_classes). Layers to tap: ``block1`` (B, 8, 14, 14), ``block2``
         (B, 16, 7, 7), ``block3`` (B, 16, 4, 4).
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 8) -> None:
         super().__init__()
-        self.block1 = _block(in_channels, 8, stride=2)
-        self.block2 = _block(8, 16, stride=2)
-        self.block3 = _block(16, 16, stride=2)
+        self.block1 = _block(in_channels, width, stride=2)
+        self.block2 = _block(width, 2 * width, stride=2)
+        self.block3 = _block(2 * width, 2 * width, stride=2)
         self.flatten = nn.Flatten()
-        self.head = nn.Linear(16 * 4 * 4, num_classes)
+        self.head = nn.Linear(2 * width * 4 * 4, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.flatten(self.block3(self.block2(self.block1(x)))))

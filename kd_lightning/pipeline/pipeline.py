@@ -37,6 +37,7 @@ class Pipeline:
     Attributes:
         name: Of the parent run.
         teacher: None where no stage needs one.
+        assistants: Networks between teacher and student, each taught by an earlier one, in the order in which they run.
         students: In the order in which they run.
         config: The whole, for the parent run.
         work_dir: Where stages keep their checkpoints and results.
@@ -52,6 +53,7 @@ class Pipeline:
     students: Sequence[Recipe]
     config: Mapping[str, Any]
     work_dir: Path
+    assistants: Sequence[Recipe] = ()
     make_logger: MakeLogger | None = None
     console: Console = field(default_factory=Console)
     verdict: bool = True
@@ -59,11 +61,17 @@ class Pipeline:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        needing = [recipe.name for recipe in self.students if recipe.needs_teacher]
+        needing = [recipe.name for recipe in (*self.assistants, *self.students) if recipe.needs_teacher]
         if needing and self.teacher is None:
             raise ValueError(
                 f"{needing[0]} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its weights>"
             )
+        known = ["teacher"]
+        for recipe in (*self.assistants, *self.students):
+            if recipe.needs_teacher and recipe.taught_by not in known:
+                raise ValueError(f"{recipe.name} is taught by {recipe.taught_by!r}, expected one of {known}")
+            if recipe.role == "assistant":
+                known.append(recipe.label)
         distilled = list(dict.fromkeys(recipe.label for recipe in self.students if recipe.role == "distilled"))
         if self.verdict and self.reference is not None and self.reference not in distilled:
             raise ValueError(
@@ -103,10 +111,11 @@ class Pipeline:
         """Make everything once and run it dry, so that no stage fails after those before it were trained."""
         recipes = {recipe.label: recipe for recipe in self._recipes()}
         for recipe in recipes.values():
+            taught_by = recipes.get(recipe.taught_by)
             data = recipe.training_data()
             data.prepare_data()
             data.setup("fit")
-            teacher = Teacher(self.teacher.network()) if self.teacher is not None and recipe.needs_teacher else None
+            teacher = Teacher(taught_by.network()) if taught_by is not None and recipe.needs_teacher else None
             module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
             batches = loader_batches(data.train_dataloader())
             dry_run(batches, module.student, module.teacher, module.objective, module.task)
@@ -115,30 +124,29 @@ class Pipeline:
                     callback.check(module)
 
     def _recipes(self) -> list[Recipe]:
-        return [*([self.teacher] if self.teacher is not None else []), *self.students]
+        return [*([self.teacher] if self.teacher is not None else []), *self.assistants, *self.students]
 
     def _run_stages(self, tracking: Tracking) -> list[Finished]:
         recipes = self._recipes()
-        teacher: Finished | None = None
         finished: list[Finished] = []
+        by_label: dict[str, Finished] = {}
         console = self.console if is_rank_zero() else Console(quiet=True)
         with StageProgress(console, len(recipes)) as progress:
             for recipe in recipes:
                 progress.begin(recipe.name)
-                stage = self._run_one(recipe, teacher, tracking, progress)
+                stage = self._run_one(recipe, by_label, tracking, progress)
                 progress.end(recipe.name, _summary(stage))
                 finished.append(stage)
-                if recipe.role == "teacher":
-                    teacher = stage
+                by_label[recipe.label] = stage
         return finished
 
     def _run_one(
-        self, recipe: Recipe, teacher: Finished | None, tracking: Tracking, progress: StageProgress
+        self, recipe: Recipe, finished: Mapping[str, Finished], tracking: Tracking, progress: StageProgress
     ) -> Finished:
         tags = {"kd.role": recipe.role, "kd.method": recipe.method, "kd.seed": recipe.seed}
         stage = run_stage(
             recipe,
-            teacher,
+            finished.get(recipe.taught_by),
             self.work_dir,
             lambda run_id: tracking.logger(recipe.name, tags, recipe.config, run_id),
             [progress],
@@ -161,7 +169,7 @@ class Pipeline:
             "final/train_seconds": result.train_seconds,
             "final/teacher_entropy": result.teacher_entropy,
         }
-        reference = stage if recipe.role == "teacher" else teacher
+        reference = stage if recipe.role == "teacher" else finished.get("teacher")
         if reference is not None:
             values["final/agreement"] = float((result.predictions == reference.result.predictions).mean())
             values["final/retention"] = result.accuracy / max(reference.result.accuracy, 1e-12)
@@ -220,8 +228,8 @@ def _summary(stage: Finished) -> str:
 
 
 def _one_sample(data: LightningDataModule) -> Tensor:
-    args, *_ = Classification().read(next(iter(data.val_dataloader())))
-    return args[0][:1]  # type: ignore[no-any-return]
+    batch = Classification().read(next(iter(data.val_dataloader())))
+    return batch.args[0][:1]  # type: ignore[no-any-return]
 
 
 def _speed(latency: Latency) -> dict[str, float | None]:

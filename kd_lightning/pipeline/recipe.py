@@ -17,7 +17,8 @@ class Recipe:
     """Factories for one training, since each stage and seed starts from fresh objects.
 
     Attributes:
-        role: ``teacher``, ``student`` (alone), ``control`` (on the teacher's hard labels) or ``distilled``.
+        role: ``teacher``, ``assistant`` (between teacher and student), ``student`` (alone), ``control`` (on the
+            teacher's hard labels) or ``distilled``.
         label: The model's row in the verdict; runs of several seeds share it.
         method: What it is trained with, as a run's name has it, such as ``kd-T4``.
         seed: Of initialisation and data order.
@@ -31,6 +32,7 @@ class Recipe:
         callbacks: Makes further callbacks.
         checkpoint: Finished weights: nothing is trained, the network is only tested.
         check_teacher: Refuse a teacher at chance.
+        taught_by: Label of the model that teaches this one.
     """
 
     role: Role
@@ -47,15 +49,18 @@ class Recipe:
     callbacks: Callable[[], list[Callback]] = list
     checkpoint: Path | None = None
     check_teacher: bool = True
+    taught_by: str = "teacher"
 
     @property
     def name(self) -> str:
         """As a person reads it: ``distilled-kd-T4-s0``."""
-        return f"{self.role}-{self.method}-s{self.seed}"
+        own = f"{self.role}-{self.label}" if self.role == "assistant" else self.role
+        return f"{own}-{self.method}-s{self.seed}"
 
     def training_data(self) -> LightningDataModule:
         """Make the data module for this training; its ``with_ids`` tells whether a loss remembers samples."""
-        data = self.data(role=self.role, seed=self.seed)
+        # An assistant learns from the images that the teacher has learnt from.
+        data = self.data(role="teacher" if self.role == "assistant" else self.role, seed=self.seed)
         data.with_ids = any(loss.needs_sample_ids for loss in self.losses().values())  # type: ignore[attr-defined]
         return data
 

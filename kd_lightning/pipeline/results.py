@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.statistics import Interval, Share
 
-Role = Literal["teacher", "student", "control", "distilled", "quantized"]
+Role = Literal["teacher", "assistant", "student", "control", "distilled", "quantized"]
 
 TITLES: Mapping[str, str] = {
     "teacher": "teacher",
+    "assistant": "assistant",
     "student": "student alone",
     "control": "teacher's hard labels",
     "distilled": "distilled",
@@ -28,7 +29,7 @@ class Result:
 
     Attributes:
         role: `student` is the small network alone on the labels, `control` the same network on the teacher's hard
-            labels.
+            labels; an `assistant` stands between teacher and student, taught by the one, teaching the other.
         label: names the model; runs of one model with several seeds share it. The role, unless an experiment has
             several models of one role ("T=4").
         seed: runs of one seed share data order and initialisation, and are compared with each other.

@@ -24,7 +24,7 @@ from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder, fingerprint_of
 from kd_lightning.preflight import dry_run
-from kd_lightning.tasks import Classification
+from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher
 from kd_lightning.tracking.metrics import relative_entropy
 from kd_lightning.tracking.runs import is_rank_zero
@@ -181,10 +181,10 @@ def _epochs_between_checkpoints(data: LightningDataModule) -> int:
 @torch.inference_mode()
 def _predict(network: nn.Module, loader: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     predictions, targets = [], []
-    for args, kwargs, target, _ in _batches(loader, device):
-        predictions.append(run(network, args, kwargs).logits.argmax(-1).cpu())
-        assert target is not None
-        targets.append(target.cpu())
+    for batch in _batches(loader, device):
+        predictions.append(run(network, batch.args, batch.kwargs).logits.argmax(-1).cpu())
+        assert batch.target is not None
+        targets.append(batch.target.cpu())
     return torch.cat(predictions), torch.cat(targets)
 
 
@@ -192,8 +192,8 @@ def _predict(network: nn.Module, loader: Any, device: torch.device) -> tuple[Ten
 def _teacher_entropy(network: nn.Module, loader: Any, temperature: float, device: torch.device) -> float:
     entropies: list[Tensor] = []
     count = 0
-    for args, kwargs, *_ in _batches(loader, device):
-        logits = run(network, args, kwargs).logits
+    for batch in _batches(loader, device):
+        logits = run(network, batch.args, batch.kwargs).logits
         entropies.append(relative_entropy(logits, temperature) * len(logits))
         count += len(logits)
         if count >= _ENTROPY_SAMPLES:
@@ -201,6 +201,6 @@ def _teacher_entropy(network: nn.Module, loader: Any, temperature: float, device
     return float(torch.stack(entropies).sum()) / count
 
 
-def _batches(loader: Any, device: torch.device) -> Iterator[Any]:
+def _batches(loader: Any, device: torch.device) -> Iterator[Batch]:
     for batch in loader:
         yield Classification().read(move_data_to_device(batch, device))

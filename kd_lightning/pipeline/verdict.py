@@ -181,7 +181,7 @@ def _model(
         agreement = _mean(np.mean(_at(runs, s).predictions == _at(teacher, s).predictions) for s in common)
         quality = _mean(run.accuracy for run in teacher.values())
         retention = _mean(seeds) / quality if quality > 0 else None
-        if alone and one.role not in ("teacher", "student"):
+        if alone and one.role in ("control", "distilled", "quantized"):
             share = gap_closed(*_paired(teacher, alone, runs))
     return Model(
         role=one.role,

@@ -130,9 +130,32 @@ def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
     assert "points over T4" in printed
 
 
+def test_an_assistant_is_taught_by_the_teacher_and_teaches_the_student(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    assistants = ["+models@assistants.medium.network=cnn8", "+assistants.medium.network.width=12"]
+    variants = "+variants={direct:{taught_by:teacher},indirect:{taught_by:medium}}"
+    printed = kd_lightning(*TINY, *assistants, variants, "reference=direct", cwd=folder)
+    lines = printed.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines if re.match(r"\[\d/6\]", line)] == [
+        "teacher-hard_label-s0",
+        "assistant-medium-kd-T4-s0",
+        "student-hard_label-s0",
+        "control-deit_hard-s0",
+        "distilled-kd-T4-s0",
+        "distilled-kd-T4-s0",
+    ]
+    assert any(line.startswith("assistant ") for line in lines)
+    _, _, children = runs(folder)
+    assistant = next(run for run in children if run.data.tags["kd.role"] == "assistant")
+    assert assistant.data.metrics["final/agreement"] > 0.5  # with the teacher, whose images and soft targets it learnt
+    direct, indirect = [run for run in children if run.data.tags["kd.role"] == "distilled"][-2:]
+    assert direct.data.metrics["kd/teacher_entropy"] != indirect.data.metrics["kd/teacher_entropy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["taught_by=medium"], r"distilled-kd-T4-s0 is taught by 'medium', expected one of \['teacher'\]"),
         (["losses.kd.temperature=-1"], "KD.*expected temperature > 0, got -1"),
         (["losses.hard_label.weight=-0.5"], "expected weight >= 0, got -0.5"),
         (
@@ -151,7 +174,10 @@ def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
         (["data.labelled=7000"], "expected up to 6000 images, got 7000"),
         (["+variants={a:{losses.kd.temprature:3}}"], "variant 'a' sets losses.kd.temprature, expected"),
         (["+variants={a:{losses:[kdd]}}"], "variant 'a' sets losses, .*Could not load 'losses/kdd'"),
-        (["+variants={a:{losses:[kd]}}", "reference=b"], r"reference 'b' is no distilled model, expected one of \['a'\]"),
+        (
+            ["+variants={a:{losses:[kd]}}", "reference=b"],
+            r"reference 'b' is no distilled model, expected one of \['a'\]",
+        ),
         (["callbacks=[temperature_schedule]", "losses=[hard_label]"], "no loss has a temperature to schedule"),
     ],
 )

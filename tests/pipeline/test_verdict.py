@@ -212,7 +212,9 @@ def test_the_others_are_compared_with_the_reference():
     assert re.search(r"points over T=4 \(95 % interval\)", printed(v))
     assert re.search(r"distilled T=1 +\+5\.0 \(\d\.\d to \d\.\d\)", printed(v))
     assert "points over" not in printed(make_verdict(sweep(), {}))
-    with pytest.raises(ValueError, match=r"reference 'T=3' is no distilled model, expected one of \['T=1', 'T=2', 'T=4'\]"):
+    with pytest.raises(
+        ValueError, match=r"reference 'T=3' is no distilled model, expected one of \['T=1', 'T=2', 'T=4'\]"
+    ):
         make_verdict(sweep(), {}, reference="T=3")
 
 
