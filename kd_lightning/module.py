@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
@@ -92,7 +93,7 @@ class DistillationModule(LightningModule):
     def configure_model(self) -> None:
         # A moving average of the weights copies the module in its own setup, ahead of the one above, and calls this
         # for what has to be there by then. Lightning itself calls it after setup, and when it loads a checkpoint.
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting():
             self._build()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -113,8 +114,12 @@ class DistillationModule(LightningModule):
             metric.reset()  # after trainer.validate, they are inference tensors, which cannot be updated in a fit
         self._teacher_accuracy_logged = False
         self._place_teacher()
-        if self.teacher is not None and self.check_teacher:
-            check_teacher_accuracy(self, self.teacher, self.task)
+        if self.teacher is not None:
+            if self.teacher.scheduled:
+                check_length_is_known(self.trainer)
+            self.teacher.start(self.student)
+            if self.check_teacher:
+                check_teacher_accuracy(self, self.teacher, self.task)
 
     def on_validation_start(self) -> None:
         self._place_teacher()
@@ -141,6 +146,12 @@ class DistillationModule(LightningModule):
             log_terms(self, self.objective, total, terms, teacher, batch_size=len(student.logits))
         return total
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not when the batch has ended: a checkpoint is written before the module hears of that.
+        if self.teacher is not None and self.teacher.learns:
+            self.teacher.after_step(self.student, progress(self.trainer))
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._score(self.task.read(batch), "val")
 
@@ -157,13 +168,15 @@ class DistillationModule(LightningModule):
             return
         self.log("val/teacher_acc", self._teacher_accuracy.compute(), sync_dist=True)
         self._teacher_accuracy.reset()
-        self._teacher_accuracy_logged = not self.trainer.sanity_checking
+        self._teacher_accuracy_logged = not (self.trainer.sanity_checking or self.teacher.learns)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state: dict[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = _under(state, _STUDENT)
         checkpoint["losses"] = _under(state, _OBJECTIVE)
         checkpoint["rng_states"] = rng_states()
+        if self.teacher is not None and self.teacher.learns:
+            checkpoint["teacher"] = self.teacher.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint["state_dict"], self.student)
@@ -177,6 +190,12 @@ class DistillationModule(LightningModule):
             **{_OBJECTIVE + name: value for name, value in losses.items()},
         }
         self._resumption.states = checkpoint.get("rng_states")
+        if self.teacher is not None and ("teacher" in checkpoint or self._fitting()):
+            self.teacher.prepare(self.student)
+            self.teacher.load_state_dict(checkpoint.get("teacher", {}))
+
+    def _fitting(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def _build(self) -> None:
         if not self._built:

@@ -83,6 +83,8 @@ def dry_run(
         return outputs._replace(samples=few.samples)
 
     check_source(teacher, few)
+    if teacher is not None:
+        teacher.prepare(student)
     first, teacher_outputs = student_outputs(), None
     if teacher is not None:
         teacher_outputs = teacher.dry(few, objective.teacher_layers)
@@ -258,6 +260,8 @@ def check_teacher_accuracy(module: LightningModule, teacher: TeacherSource, task
     Raises:
         ValueError: For an accuracy not above chance (1/C plus three standard errors), or labels out of range.
     """
+    if teacher.learns:
+        return
     precision = module.trainer.precision_plugin
     correct = count = classes = 0
     for raw in training_batches(module, SCAN):

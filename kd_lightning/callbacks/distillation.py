@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
@@ -105,8 +106,14 @@ class Distillation(Callback):
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
         self._teacher_accuracy_logged = False
+        self._steps = 0
         self._resumption = Resumption()
         check_parts(self.teacher, self.objective)
+        if self.teacher.learns and logits is not None:
+            raise ValueError(
+                f"{type(self.teacher).__name__} calls a copy of the student, whose output are the logits, got "
+                f"logits={logits!r}: name as student= a network that returns them"
+            )
         changing = [name for name, loss in self.objective.named_losses().items() if loss.changes_student]
         if changing:
             raise ValueError(
@@ -140,6 +147,8 @@ class Distillation(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         begin_with_next_epoch(trainer, checkpoint)
+        if self._trial is not None:
+            self.teacher.prepare(self._tap.student_of(pl_module))  # ahead of its state, which comes next
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._trial is None:
@@ -148,10 +157,15 @@ class Distillation(Callback):
         if problem:
             raise ValueError(f"the checkpoint's losses are not those of this Distillation: {problem}")
         self.objective.load_state_dict(state_dict["losses"])
+        self.teacher.load_state_dict(state_dict.get("teacher", {}))
         self._resumption.states = state_dict["rng_states"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.teacher.scheduled:
+            check_length_is_known(trainer)
+        self.teacher.prepare(self._tap.student_of(pl_module))
         self._place_teacher(pl_module)
+        self.teacher.start(self._tap.student_of(pl_module))
         self.objective.attach(self._tap.student_of(pl_module), self.teacher.network)
         optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in optimized]
@@ -170,6 +184,7 @@ class Distillation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumption.on_train_start(trainer)
+        self._steps = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumption.on_train_epoch_start(trainer)
@@ -215,6 +230,11 @@ class Distillation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step > self._steps:  # gradients may be accumulated over several batches
+            if self.teacher.learns:
+                share = self._steps / max(trainer.estimated_stepping_batches, 1)
+                self.teacher.after_step(self._tap.student_of(pl_module), min(share, 1.0))
+            self._steps = trainer.global_step
         # Not in the step itself: the module may well log a "train/loss" of its own there, and twice is an error.
         step, self._pending = self._pending, None
         if step is not None:
@@ -245,7 +265,7 @@ class Distillation(Callback):
         self._score(pl_module, batch, "val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._teacher_accuracy_logged = not trainer.sanity_checking
+        self._teacher_accuracy_logged = not (trainer.sanity_checking or self.teacher.learns)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -295,7 +315,8 @@ class Distillation(Callback):
     # At the end.
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.objective.state_dict(), "rng_states": rng_states()}
+        state = {"losses": self.objective.state_dict(), "rng_states": rng_states()}
+        return {**state, "teacher": self.teacher.state_dict()} if self.teacher.learns else state
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave()
@@ -327,12 +348,14 @@ class Distillation(Callback):
         around = _first(around, len(seen.logits))._replace(batch=batch)
         of_teacher = self._batch_of_teacher(around, seen)
         check_source(self.teacher, of_teacher)
+        attached = self._student_to_attach(module, trial)
+        self.teacher.prepare(attached)
         teacher = self.teacher.dry(of_teacher, self.objective.teacher_layers)
         features = {name: x.detach() for name, x in seen.features.items()}
         student = Outputs(seen.logits.detach(), features, around.samples)
         target = self._task.target(batch)
         check_outputs(self.objective, student, teacher, target, self._task)
-        self.objective.build(student, teacher, self._student_to_attach(module, trial), self.teacher.network)
+        self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         classes = student.logits.shape[class_dim(student.logits)]
         check_top_k(first.teacher, classes)

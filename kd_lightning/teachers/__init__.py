@@ -4,5 +4,6 @@ from kd_lightning.teachers.base import TeacherSource
 from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.from_batch import FromBatch
 from kd_lightning.teachers.live import Teacher
+from kd_lightning.teachers.momentum import Momentum
 
-__all__ = ["Ensemble", "FromBatch", "Teacher", "TeacherSource"]
+__all__ = ["Ensemble", "FromBatch", "Momentum", "Teacher", "TeacherSource"]

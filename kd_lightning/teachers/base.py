@@ -1,10 +1,10 @@
 """Where a teacher's outputs come from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks.batch import Batch
@@ -20,10 +20,15 @@ class TeacherSource:
         network: For losses that look into the teacher; None where only its outputs can be reached.
         in_batch: Whether its outputs are parts of bare batches, to be taken out before anybody's ``training_step`` sees
             them; see :func:`~kd_lightning.tasks.batch.taught`.
+        learns: Whether it starts as the student and changes with it: nothing is wrong with it when it is at chance
+            before training, and it is scored in each validation.
+        scheduled: Whether :meth:`after_step` goes by the progress, so that the length of the training has to be known.
     """
 
     network: nn.Module | None = None
     in_batch = False
+    learns = False
+    scheduled = False
 
     def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
         """Return logits and the named layers' features, without a graph, for the very inputs that the student gets."""
@@ -43,6 +48,24 @@ class TeacherSource:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Move what there is to move; ``dtype`` concerns floating-point weights only."""
+
+    # Of a training, in the order of the calls; nothing by default.
+
+    def prepare(self, student: nn.Module) -> None:
+        """Get to know the student ahead of :meth:`dry`: maybe a copy of it, maybe with weights that still change."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where a checkpoint was written; after :meth:`prepare` with the student itself."""
+
+    def start(self, student: nn.Module) -> None:
+        """Begin: the student has the weights with which training starts, or goes on."""
+
+    def after_step(self, student: nn.Module, progress: float) -> None:
+        """Follow an optimizer step; ``progress`` is the share of the steps that were taken before it."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed training needs, for the checkpoint."""
+        return {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherSource":
         return self  # a moving average copies its module; the teacher is shared
