@@ -45,6 +45,8 @@ class Ensemble(TeacherSource):
                 "out for equal ones"
             )
         self.teachers = [Teacher(teacher) if isinstance(teacher, nn.Module) else teacher for teacher in teachers]
+        if any(teacher.learns for teacher in self.teachers):
+            raise ValueError("expected teachers that stay as they are, got one that learns with the student")
         self.weights = tuple(weight / sum(weights) for weight in weights)
         self.network = self.teachers[0].network
         self.in_batch = any(teacher.in_batch for teacher in self.teachers)

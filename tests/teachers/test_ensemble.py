@@ -16,7 +16,7 @@ from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Members, Outputs, classes_last
 from kd_lightning.schedules import linear
 from kd_lightning.tasks import Batch, Classification
-from kd_lightning.teachers import Ensemble, FromBatch
+from kd_lightning.teachers import Ensemble, FromBatch, Momentum
 from kd_lightning.tracking.metrics import relative_entropy
 from tests.losses.reference import softmax, wave
 from tests.tiny import (
@@ -237,6 +237,11 @@ def test_weights_that_do_not_fit_are_refused(parts: list[float]) -> None:
         Ensemble(pair(), parts)
     with pytest.raises(ValueError, match="at least one teacher, got none"):
         Ensemble([])
+
+
+def test_a_member_that_learns_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected teachers that stay as they are, got one that learns"):
+        Ensemble([good_teacher(), Momentum()])
 
 
 def test_a_batch_that_a_member_has_no_outputs_for_is_not_taught() -> None:
