@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # MB of logits that exist at a time: on a CPU what caches still help with, elsewhere what makes products large.
 _MEMORY, _MEMORY_ELSEWHERE = 32, 512
@@ -90,8 +89,12 @@ class _FusedLinear(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph; once_differentiable would let the loss itself pass as constant
+            raise RuntimeError(
+                "expected backward without create_graph: the gradients of a fused loss are computed along with its "
+                "value and cannot be differentiated again; take the loss of the logits"
+            )
         # Of the wide precision, which autograd takes back to that of the inputs.
         return *(None if x is None else of_loss * x for x in ctx.saved_tensors), *[None] * 4
 

@@ -50,9 +50,10 @@ def fused_linear_divergence(
         teacher_bias: (V,).
         ignore_index: See ``target``.
 
-    The gradients, of the size of the student's hidden states and head, are computed along with the value: it cannot be
-    differentiated twice, and nothing but student_hidden, student_head and student_bias gets a gradient. The loss is in
-    float32 where the products are in half precision. ``torch.compile`` runs it as it is, between two graphs.
+    The gradients, of the size of the student's hidden states and head, are computed along with the value and kept in
+    float32: it cannot be differentiated twice, and nothing but student_hidden, student_head and student_bias gets a
+    gradient. The loss is in float32, too, where the products are in half precision. ``torch.compile`` runs it as it is,
+    between two graphs; with ``fullgraph=True`` it refuses.
 
     Raises:
         ValueError: For a chunk_size < 1, a memory ≤ 0, shapes that do not belong together, an argument of the

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kd_lightning.losses import forward_kl, fused_linear_kl, fused_linear_top_k_kl
 from tests.losses.test_fused_linear_kl import allocations
@@ -94,3 +96,62 @@ def test_a_compiled_step_of_tied_weights_learns_what_the_plain_one_does() -> Non
         for x, y in zip(*gradients, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
         assert gradients[0][0].any()
+
+
+def test_a_compiled_step_that_is_to_be_one_graph_is_refused() -> None:
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"torch\.compiler\.disable") as refusal:
+        compiled(Model(4), Model(6), torch.randint(V, (3, 9)))
+    assert "_fused_linear" in str(refusal.value)
+
+
+class Distilled(LightningModule):
+    """A user's own module: of the logits, or without them."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student, self.teacher, self.fused = Model(4), [Model(6).double()], fused
+
+    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+        teacher = self.teacher[0]
+        if self.fused:
+            return step(self.student, teacher, ids)
+        heads = self.student.embeddings.weight, teacher.embeddings.weight.detach()
+        hidden = self.student(ids[:, :-1]), teacher(ids[:, :-1]).detach()
+        return 0.5 * forward_kl(hidden[0] @ heads[0].T, hidden[1] @ heads[1].T, ids[:, 1:])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.9)
+
+
+def test_a_fit_with_accumulation_and_clipping_ends_at_the_weights_of_whole_logits(tmp_path) -> None:
+    torch.manual_seed(1)
+    batches = DataLoader(torch.randint(V, (12, 9)), batch_size=3)
+    ended = []
+    for fused in (True, False):
+        module = Distilled(fused)
+        started = [x.detach().clone() for x in module.parameters()]
+        trainer = Trainer(
+            accelerator="cpu",
+            precision="64-true",
+            max_epochs=2,
+            accumulate_grad_batches=2,
+            gradient_clip_val=0.05,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, batches)
+        ended.append(list(module.parameters()))
+    for x, y, z in zip(*ended, started, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(x, z.double(), atol=1e-4)
+
+
+def test_a_gradient_that_would_be_differentiated_again_is_refused() -> None:
+    student, teacher = sides()[:2], [x.detach() for x in sides()[2:]]
+    with pytest.raises(RuntimeError, match="expected backward without create_graph: the gradients of a fused loss"):
+        torch.autograd.grad(fused_linear_kl(*student, *teacher), student, create_graph=True)
