@@ -5,7 +5,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import fsspec
@@ -89,7 +89,8 @@ class Store:
         Raises:
             ValueError: For a file that is missing, torn, or was changed on its way.
         """
-        path = self.local / name
+        # Under its checksum: a remote folder that was written anew is not read from the old copies.
+        path = self.local / f"{checksum:08x}" / name if self.remote else self.local / name
         if self.remote and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".downloading"), wait=True):
@@ -109,6 +110,12 @@ class Store:
         if found != size:
             raise ValueError(f"{name} in {self} is torn: expected {size:,} bytes, got {found:,}; {_REBUILD}")
         return path
+
+    def tidy(self) -> None:
+        """Remove what writers that were killed have left, when nobody writes any more."""
+        for pattern in (".*", "shards/.*", "shards/*.progress", "shards/*.lock", "shards/*.partial"):
+            for left in self.local.glob(pattern):
+                left.unlink(missing_ok=True)
 
     def size(self, name: str) -> int | None:
         """Return the length of a file where it belongs; None where it is missing."""
@@ -167,11 +174,18 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         BlockingIOError: When another process holds it, unless to wait was asked for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-        path.unlink(missing_ok=True)
+    with ExitStack() as files:
+        while True:
+            file = files.enter_context(path.open("a"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever held it while this process waited has removed the file: then the lock is one on nothing.
+            if path.exists() and os.path.sameopenfile(file.fileno(), files.enter_context(path.open()).fileno()):
+                break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path, text: str) -> Path:

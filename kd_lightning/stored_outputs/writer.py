@@ -21,7 +21,7 @@ from kd_lightning.stored_outputs.manifest import check, fingerprint
 from kd_lightning.stored_outputs.progress import Progress, errors_of, summary
 from kd_lightning.stored_outputs.replay import ReplayedViews
 from kd_lightning.stored_outputs.shards import ShardWriter, record_of
-from kd_lightning.stored_outputs.store import Store
+from kd_lightning.stored_outputs.store import Store, locked
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher, TeacherSource
 
@@ -260,8 +260,10 @@ def _finish(store: Store, manifest: Manifest, rank: int, world_size: int) -> Man
             shards=[record["checksums"] for record in found],
             kl=errors_of([record["tally"] for record in found]),
         )
-        if whole != manifest:
-            store.write_text(MANIFEST, whole.dumps())
+        with locked(store.local / "finishing.lock", wait=True):
+            if whole != manifest:
+                store.write_text(MANIFEST, whole.dumps())
+            store.tidy()
         if rank == 0 or not together:
             print(summary(whole), flush=True)
         manifest = whole
