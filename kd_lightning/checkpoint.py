@@ -7,13 +7,18 @@ import torch
 from torch import Tensor, nn
 
 
-def load_student(path: str | PathLike[str]) -> dict[str, Tensor]:
+def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of :class:`~kd_lightning.DistillationModule`: the bare student's state dict.
 
     Reads plain state dicts too.
 
+    Args:
+        path: Of the file.
+        name: Of one student among those in a checkpoint of :class:`~kd_lightning.MutualLearning`.
+
     Raises:
-        ValueError: For a file that is no checkpoint, is torn, or holds more than tensors and plain values.
+        ValueError: For a file that is no checkpoint, is torn, or holds more than tensors and plain values; for a name
+            that is not in it.
 
     Example::
 
@@ -31,7 +36,12 @@ def load_student(path: str | PathLike[str]) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
-    return dict(state)
+    if name is None:
+        return dict(state)
+    own = f"students.{name}."
+    if not any(key.startswith(own) for key in state):
+        raise ValueError(f"{path} holds no student {name!r}, expected one of {_students(state)}")
+    return {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
 
 
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
@@ -41,6 +51,12 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
         ValueError: When names or shapes do not fit; nothing has been loaded then.
     """
     state, expected = load_student(path), network.state_dict()
+    students = _students(state)
+    if len(students) > 1 and not state.keys() & expected.keys():
+        raise ValueError(
+            f"{path} holds several students, {students}: load one, network.load_state_dict(load_student(path, name)), "
+            "without checkpoint="
+        )
     for prefix in _prefixes(state, expected):
         inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if inner.keys() == expected.keys():
@@ -68,6 +84,10 @@ def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('of another shape', shapes)}"
         "expected a checkpoint of this very architecture: check its depth, width and number of classes"
     )
+
+
+def _students(state: Mapping[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("students.") and key.count(".") > 1))
 
 
 def _prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -98,16 +98,7 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [*self.student.parameters(), *self.objective.parameters()]
-        optimizer = self._optimizer([p for p in parameters if p.requires_grad])
-        if self._scheduler is None:
-            return optimizer
-        # A partial lists an argument that it has bound with the bound value as default.
-        free = {n for n, p in signature(self._scheduler).parameters.items() if p.default in (p.empty, None)}
-        steps = {name: self.trainer.estimated_stepping_batches for name in ("total_steps", "T_max") if name in free}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._scheduler(optimizer, **steps), "interval": "step"},
-        }
+        return configured(parameters, self._optimizer, self._scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
         for metric in (self._accuracy, self._agreement, self._teacher_accuracy):
@@ -225,6 +216,22 @@ class DistillationModule(LightningModule):
             self._teacher_accuracy.update(self.task.correct_outputs(teacher, target).float())
             for name, hits in members_hits(teacher, target, self.task).items():
                 self.log(name, hits.float().mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(hits))
+
+
+def configured(
+    parameters: Iterable[nn.Parameter],
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[..., LRScheduler] | None,
+    trainer: Trainer,
+) -> OptimizerLRScheduler:
+    """Make an optimizer of what is trained, and its scheduler, which is stepped after each optimizer step."""
+    made = optimizer([p for p in parameters if p.requires_grad])
+    if scheduler is None:
+        return made
+    # A partial lists an argument that it has bound with the bound value as default.
+    free = {n for n, p in signature(scheduler).parameters.items() if p.default in (p.empty, None)}
+    steps = {name: trainer.estimated_stepping_batches for name in ("total_steps", "T_max") if name in free}
+    return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler(made, **steps), "interval": "step"}}
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
