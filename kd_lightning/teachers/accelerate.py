@@ -69,13 +69,13 @@ def has_precision(device: torch.device, dtype: torch.dtype, cpuinfo: str = "/pro
     """Tell whether a device has instructions for a precision; torch says yes to an emulated one too."""
     if device.type == "cpu":
         # Not float16: with avx512_fp16 it took 1.5 times as long as float32.
-        return dtype == torch.bfloat16 and not _cpu_flags(cpuinfo).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+        return dtype == torch.bfloat16 and not cpu_flags(cpuinfo).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
     if device.type == "cuda" and dtype == torch.bfloat16:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cuda"
 
 
-def _cpu_flags(cpuinfo: str) -> set[str]:
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
     try:
         lines = Path(cpuinfo).read_text().splitlines()
     except OSError:  # not Linux
