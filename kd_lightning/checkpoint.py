@@ -51,17 +51,18 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
         ValueError: When names or shapes do not fit; nothing has been loaded then.
     """
     state, expected = load_student(path), network.state_dict()
-    students = _students(state)
-    if len(students) > 1 and not state.keys() & expected.keys():
+    found = {}
+    for prefix in _prefixes(state, expected):
+        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if inner.keys() == expected.keys():
+            found[prefix] = inner
+    students = [prefix.removeprefix("students.").rstrip(".") for prefix in found if prefix.startswith("students.")]
+    if len(students) > 1:
         raise ValueError(
             f"{path} holds several students, {students}: load one, network.load_state_dict(load_student(path, name)), "
             "without checkpoint="
         )
-    for prefix in _prefixes(state, expected):
-        inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if inner.keys() == expected.keys():
-            state = inner
-            break
+    state = next(iter(found.values()), state)
     problem = mismatch(network, state)
     if problem:
         raise ValueError(f"{path} does not fit {type(network).__name__}: {problem}")
