@@ -6,11 +6,13 @@ from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.from_batch import FromBatch
 from kd_lightning.teachers.live import Teacher
 from kd_lightning.teachers.momentum import Momentum
+from kd_lightning.teachers.stored import Stored
 
 __all__ = [
     "Ensemble",
     "FromBatch",
     "Momentum",
+    "Stored",
     "Teacher",
     "TeacherSource",
     "from_timm",
