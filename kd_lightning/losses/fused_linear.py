@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# MB of logits that exist at a time: on a CPU what caches still help with, elsewhere what makes products large.
-_MEMORY, _MEMORY_ELSEWHERE = 32, 512
+# MB of logits that exist at a time. More makes products larger, and goes over the head and its gradient less often.
+_MEMORY, _MEMORY_ELSEWHERE = 64, 512
 # Of these, the elements that a loss gets at once. What it makes of them is not in the budget, so they are few: what a
 # core's cache holds several times, or what keeps another device busy for longer than it takes to tell it.
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**16, 2**22

@@ -45,7 +45,7 @@ def fused_linear_divergence(
         target: (N,) or (B, S), ``ignore_index`` where a token does not count; zero, with a gradient of zero, where
             none does.
         chunk_size: How many tokens' logits are held at a time; as many as ``memory`` allows by default.
-        memory: MB (2²⁰ bytes) for the logits of both sides that are held at a time; 32 on a CPU, 512 elsewhere.
+        memory: MB (2²⁰ bytes) for the logits of both sides that are held at a time; 64 on a CPU, 512 elsewhere.
         student_bias: (V,).
         teacher_bias: (V,).
         ignore_index: See ``target``.
