@@ -31,7 +31,8 @@ class TopK(NamedTuple):
 
     Attributes:
         indices: Integers (B, k), (B, S, k) or (B, H, W, k): different classes, in any order.
-        log_probs: Of the same shape, the log-probabilities at T = 1; −∞ fills up where there are fewer.
+        log_probs: Of the same shape, the log-probabilities at T = 1; −∞ fills up where there are fewer, with
+            any class, such as -1.
     """
 
     indices: Tensor

@@ -49,6 +49,23 @@ def test_fewer_are_the_divergence_with_a_tail_at_the_losss_temperature(make: typ
     assert expected > 0
 
 
+@pytest.mark.parametrize("loss", [KD(3.0), TopKKL(3, temperature=0.5), TopKKL(3, tail=False), DeiTHard()])
+@pytest.mark.parametrize("filler", [-1, 0, 99])
+def test_what_fills_up_says_nothing_of_its_class(loss: DistillationLoss, filler: int) -> None:
+    student, teacher = pair()
+    two = best(teacher, 2)
+    indices = torch.nn.functional.pad(two.top_k.indices, (1, 1), value=filler)
+    filled = Outputs.of_top_k(indices, torch.nn.functional.pad(two.top_k.log_probs, (1, 1), value=-torch.inf))
+    gradients = []
+    for given in (two, filled):
+        z = student.clone().requires_grad_()
+        value(loss, z, given).backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(value(loss, student, filled), value(loss, student, two))
+    torch.testing.assert_close(*gradients)
+    check_outputs(DistillationObjective({"it": loss}), Outputs(student), filled, None, Classification())
+
+
 def test_of_more_than_it_wants_a_loss_takes_the_best_however_they_are_ordered() -> None:
     student, teacher = pair()
     indices, log_probs = best(teacher, 4).top_k

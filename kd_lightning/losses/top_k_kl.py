@@ -34,7 +34,7 @@ def top_k_kl(
     Shape:
         student_logits: (B, S, V); or (B, C), (B, C, H, W).
         indices, log_probs: (B, S, k); or (B, k), (B, H, W, k): different classes, and the teacher's log p of them at
-            T = 1, in any order; −∞ fills up where there are fewer.
+            T = 1, in any order; −∞ fills up where there are fewer, with any class, such as -1.
         target: (B, S), ``ignore_index`` where a token does not count; zero, with a gradient of zero, where none does.
 
     Raises:
@@ -57,10 +57,14 @@ def top_k_kl(
         target, ignore_index, student_logits, indices.movedim(-1, dim), log_probs.detach().movedim(-1, dim)
     )
     log_s = _log_softmax(z_s, 1.0)
-    student, teacher = log_s.gather(-1, best), log_t.to(log_s.dtype)
+    least = torch.finfo(log_s.dtype).min
+    # What fills up is no outcome, whatever its class, which is one of the others: it points to the best one instead.
+    fills = log_t == -math.inf
+    best = torch.where(fills, best.gather(-1, log_t.argmax(-1, keepdim=True)), best)
+    student, teacher = log_s.gather(-1, best).masked_fill(fills, least), log_t.to(log_s.dtype)
     if tail and best.shape[-1] < classes:
         # The student's from the sum over the others, which has all its digits where 1 − Σ_k p has none.
-        other = log_s.scatter(-1, best, torch.finfo(log_s.dtype).min).logsumexp(-1, keepdim=True)
+        other = log_s.scatter(-1, best, least).logsumexp(-1, keepdim=True)
         student = torch.cat((student, other), -1)
         teacher = torch.cat((teacher, _log1mexp(teacher.logsumexp(-1, keepdim=True))), -1)
     return temperature**2 * _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
