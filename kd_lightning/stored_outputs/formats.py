@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Rows = NDArray[Any]
+_F2, _F4 = np.dtype("<f2"), np.dtype("<f4")
 TEMPERATURES = (1.0, 4.0)
 """At which the error of a format is measured."""
 
@@ -75,11 +76,10 @@ class Uint8(Format):
         return np.concatenate([codes.numpy(), _as_bytes(lowest), _as_bytes(step)], -1)
 
     def decode(self, rows: Rows, classes: int) -> dict[str, Tensor]:
-        ends = torch.from_numpy(_of_bytes(rows[..., classes:], np.float32))
+        ends = _of_bytes(rows[..., classes:], _F4)
+        codes = torch.from_numpy(rows[..., :classes].astype(np.float32))
         # In place, one operation after the other: three times as fast as one with mixed types.
-        return {
-            "logits": torch.from_numpy(rows[..., :classes].astype(np.float32)).mul_(ends[..., 1:]).add_(ends[..., :1])
-        }
+        return {"logits": codes.mul_(torch.from_numpy(ends[..., 1:])).add_(torch.from_numpy(ends[..., :1]))}
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Best(Format):
         kind = _index(classes)
         first, second = self.k * kind.itemsize, self.k * (kind.itemsize + 2)
         indices = torch.from_numpy(_of_bytes(rows[..., :first], kind).astype(np.int64))
-        log_probs = torch.from_numpy(_of_bytes(rows[..., first:second], np.float16).astype(np.float32))
-        tail = torch.from_numpy(_of_bytes(rows[..., second:], np.float32))
+        log_probs = torch.from_numpy(_of_bytes(rows[..., first:second], _F2).astype(np.float32))
+        tail = torch.from_numpy(_of_bytes(rows[..., second:], _F4))
         # The rounded probabilities and the tail add up to 1 again.
         return indices, log_probs + torch.log1p(-tail.clamp(max=1 - 1e-7)) - log_probs.logsumexp(-1, keepdim=True), tail
 
@@ -157,6 +157,6 @@ def _as_bytes(x: Tensor | Rows) -> Rows:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).view(np.uint8)
 
 
-def _of_bytes(rows: Rows, kind: Any) -> Rows:
-    found: Rows = np.ascontiguousarray(rows).view(np.dtype(kind).newbyteorder("<")).astype(kind, copy=False)
+def _of_bytes(rows: Rows, kind: np.dtype[Any]) -> Rows:
+    found: Rows = np.ascontiguousarray(rows).view(kind).astype(kind.newbyteorder("="), copy=False)
     return found

@@ -1,11 +1,13 @@
 """A data set whose samples bring a teacher's stored outputs along."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -70,50 +72,64 @@ class StoredOutputs(Dataset[Any]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, key: View | int) -> Taught:
-        key = self._view(key)
-        outputs = {name: x[0] for name, x in self.outputs([key]).items()}
-        return Taught(self.views[key], outputs)
+        chosen, numbers = self._views([key])
+        outputs = {name: x[0] for name, x in self._read(numbers).items()}
+        return Taught(self.views[chosen[0]], outputs)
 
     def __getitems__(self, keys: Sequence[View | int]) -> Any:
         """Fetch a batch at once: as samples, or collated as our own data sets give it."""
-        chosen = [self._view(key) for key in keys]
-        outputs, fetched = self.outputs(chosen), self.views.__getitems__(chosen)
+        chosen, numbers = self._views(keys)
+        outputs, fetched = self._read(numbers), self.views.__getitems__(chosen)
         if not isinstance(fetched, list):
             return Taught(fetched, outputs)
         names, parts = list(outputs), [x.unbind() for x in outputs.values()]
         rows = zip(*parts, strict=True)
         return [Taught(x, dict(zip(names, row, strict=True))) for x, row in zip(fetched, rows, strict=True)]
 
-    def outputs(self, keys: Sequence[View]) -> dict[str, Tensor]:
+    def outputs(self, keys: Sequence[View | int]) -> dict[str, Tensor]:
         """Return what was stored for views of samples, without the samples."""
-        numbers = np.asarray(keys, np.int64)
+        return self._read(self._views(keys)[1])
+
+    def _read(self, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
         rows = numbers[:, 1] * self.manifest.samples + numbers[:, 0]
         found: dict[str, Tensor] = {}
         for name, reader in self._readers.items():
-            array = reader.array
             taken = reader.take(rows)
             if name != "logits":
                 found[name] = torch.from_numpy(taken)
                 continue
-            found |= array.code.decode(taken, array.shape[-1])
+            found |= reader.code.decode(taken, reader.array.shape[-1])
             if self.manifest.classes_first and "logits" in found:
                 found["logits"] = found["logits"].movedim(-1, 1)
         return found
 
-    def _view(self, key: View | int) -> View:
-        sample, epoch = key if isinstance(key, View) else (int(key), None)
+    def _views(self, keys: Sequence[View | int]) -> tuple[Sequence[View], NDArray[np.int64]]:
+        """Return which views are meant, also as numbers (B, 2): sample and view."""
         samples, views = self.manifest.samples, self.manifest.views
-        if not -samples <= sample < samples:
-            raise IndexError(f"sample {sample} of {samples}")
-        if epoch is None:
-            epoch = int(self._epoch)
-            if epoch < 0 and views > 1:
-                raise ValueError(
-                    f"{views} views of each sample are stored, and the loader asks for samples without saying the "
-                    "epoch, which chooses the view: pass DataLoader(..., sampler=Views(dataset)) from "
-                    "kd_lightning.stored_outputs, or call set_epoch(epoch) ahead of each epoch"
-                )
-        return View(sample % samples, max(epoch, 0) % views)
+        if isinstance(keys[0], View):
+            # Six times as fast as np.array, which looks at each tuple.
+            flat: Iterable[int] = chain.from_iterable(keys)  # type: ignore[arg-type]
+            numbers = np.fromiter(flat, np.int64, 2 * len(keys)).reshape(-1, 2)
+        else:
+            numbers = np.array([(key, self._told()) for key in keys], np.int64)
+        largest = numbers.view(np.uint64).max(0)  # negative ones are larger still
+        if isinstance(keys[0], View) and largest[0] < samples and largest[1] < views:
+            return keys, numbers  # type: ignore[return-value]
+        beyond = numbers[(numbers[:, 0] < -samples) | (numbers[:, 0] >= samples), 0]
+        if len(beyond):
+            raise IndexError(f"expected samples below {samples}, got {beyond[0]}")
+        numbers %= (samples, views)
+        return [View(*pair) for pair in numbers.tolist()], numbers
+
+    def _told(self) -> int:
+        epoch = int(self._epoch)
+        if epoch < 0 and self.manifest.views > 1:
+            raise ValueError(
+                f"{self.manifest.views} views of each sample are stored, and the loader asks for samples without "
+                "saying the epoch, which chooses the view: pass DataLoader(..., sampler=Views(dataset)) from "
+                "kd_lightning.stored_outputs, or call set_epoch(epoch) ahead of each epoch"
+            )
+        return max(epoch, 0)
 
 
 def verify(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Manifest:

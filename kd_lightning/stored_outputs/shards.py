@@ -121,6 +121,7 @@ class ShardReader:
     def __init__(self, store: Store, manifest: Manifest, name: str) -> None:
         self.store, self.manifest, self.name = store, manifest, name
         self.array = manifest.arrays[name]
+        self.code = self.array.code
         self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,11 +133,10 @@ class ShardReader:
         Raises:
             ValueError: For a file that is missing or torn.
         """
+        if self.manifest.count == 1:
+            return self.mapped(0).take(rows, 0)
         shards, places = np.divmod(rows, self.manifest.rows_per_shard)
-        first = int(shards[0])
-        if len(rows) == 1 or (shards == first).all():
-            return self.mapped(first).take(places, 0)
-        found = np.empty((len(rows), *self.array.row), self.array.code.dtype)
+        found = np.empty((len(rows), *self.array.row), self.code.dtype)
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             found[here] = self.mapped(shard).take(places[here], 0)
