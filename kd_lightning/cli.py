@@ -29,7 +29,7 @@ from kd_lightning.pipeline.results import Role
 from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
-_STAGES = ("teacher", "assistants", *_STUDENTS, "verdict")
+_STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "verdict")
 _MISTAKES = (ValueError, TypeError, OSError, OmegaConfBaseException, InstantiationException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
@@ -91,12 +91,12 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         raise ValueError(f"expected stages among {', '.join(_STAGES)}, got {list(config.stages)}")
     resolved = _plain(config)
     teacher = None
-    students = [role for role in _STUDENTS if role in config.stages]
     if "teacher" in config.stages or config.teacher.checkpoint is not None:
         teacher = _teacher(resolved)
     assistants = [_assistant(resolved, name) for name in resolved["assistants"] if "assistants" in config.stages]
     recipes = []
-    for role in students:
+    wanted = {*config.stages, *(["distilled"] if "store_outputs" in config.stages else [])}
+    for role in (role for role in _STUDENTS if role in wanted):
         variants = _variants(config, overrides) if role == "distilled" else {role: resolved}
         for label, variant in variants.items():
             recipes += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
@@ -104,7 +104,8 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         name=resolved["name"] or experiment or "kd-lightning",
         teacher=teacher,
         assistants=assistants,
-        students=recipes,
+        to_store=[recipe for recipe in recipes if recipe.stored_outputs is not None],
+        students=[recipe for recipe in recipes if recipe.role in config.stages],
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
         console=Console(width=None if sys.stdout.isatty() else 100),
@@ -144,8 +145,16 @@ def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Re
     own["network"] = config["student"]["network"]
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
         own |= {"losses": config[role]["losses"], "callbacks": {}}
-    recipe = _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
-    return replace(recipe, taught_by=config["taught_by"]) if role == "distilled" else recipe
+    teaching: dict[str, Any] = {}
+    if role != "student":
+        if config["teacher"]["accelerate"]:
+            teaching["accelerate"] = config["teacher"]["accelerate"]
+        if "store_outputs" in config["stages"]:
+            teaching["stored_outputs"] = config["stored_outputs"]
+    recipe = _recipe({**own, **teaching}, role, label, seed, check_teacher=config["teacher"]["check"])
+    if role == "distilled":
+        teaching["taught_by"] = config["taught_by"]
+    return replace(recipe, **teaching)
 
 
 def _recipe(

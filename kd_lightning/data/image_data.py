@@ -1,7 +1,7 @@
 """What the data modules have in common."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from kd_lightning.data.loaders import in_order, shuffled
-from kd_lightning.data.with_ids import WithIds
 
 ROLES = ("teacher", "student", "control", "distilled")
 
@@ -32,8 +31,8 @@ class ImageData(LightningDataModule):
         input_shape: Of one image: (C, H, W).
         mean: Of each channel, with pixels in [0, 1]; subtracted.
         std: Likewise; divided by.
-        with_ids: Whether training batches say which samples they hold (:class:`~kd_lightning.data.WithIds`). A pipeline
-            sets it where a loss remembers samples.
+        around: What is put around the training set, in this order: :class:`~kd_lightning.data.WithIds`, where a loss
+            remembers samples; ``StoredOutputs``, where the teacher's outputs were stored. A pipeline sets it.
     """
 
     num_classes: int
@@ -51,7 +50,7 @@ class ImageData(LightningDataModule):
                 raise ValueError(f"expected {name} of 1 or more, got {value}")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.role, self.seed = role, seed
-        self.with_ids = False
+        self.around: Sequence[Callable[[Any], Any]] = ()
         self._subsets: Mapping[str, Any] = {}
 
     def read(self) -> Mapping[str, Subset]:
@@ -81,8 +80,8 @@ class ImageData(LightningDataModule):
         training: Any = self.training_set()
         if not len(training):
             raise ValueError(f"expected images for the role {self.role}, got none of {self.counts}: ask for some")
-        if self.with_ids:
-            training = WithIds(training)
+        for wrap in self.around:
+            training = wrap(training)
         return shuffled(training, self.batch_size, self.seed, self.trainer, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:

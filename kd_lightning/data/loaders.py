@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, default_collate
 
 
 class View(NamedTuple):
@@ -66,4 +66,5 @@ def _loader(dataset: Dataset[Any], sampler: Any, batch_size: int, seed: int, num
 
 
 def _as_is(batch: Any) -> Any:
-    return batch
+    """Collate samples that were fetched together; a data set in memory gives a batch already."""
+    return default_collate(batch) if isinstance(batch, list) else batch

@@ -14,6 +14,7 @@ from torch import Tensor
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
+from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.progress import StageProgress
@@ -22,10 +23,12 @@ from kd_lightning.pipeline.results import Verdict
 from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
+from kd_lightning.pipeline.teaching import store
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
-from kd_lightning.preflight import dry_run
+from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher
+from kd_lightning.teachers.stored import Stored
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
@@ -41,6 +44,7 @@ class Pipeline:
         students: In the order in which they run.
         config: The whole, for the parent run.
         work_dir: Where stages keep their checkpoints and results.
+        to_store: Recipes for whose images the teacher's outputs are stored, once it is trained.
         make_logger: None to log nothing.
         console: Where the comparison is printed.
         verdict: Whether to compare at the end.
@@ -54,6 +58,7 @@ class Pipeline:
     config: Mapping[str, Any]
     work_dir: Path
     assistants: Sequence[Recipe] = ()
+    to_store: Sequence[Recipe] = ()
     make_logger: MakeLogger | None = None
     console: Console = field(default_factory=Console)
     verdict: bool = True
@@ -116,6 +121,8 @@ class Pipeline:
             data.prepare_data()
             data.setup("fit")
             teacher = Teacher(taught_by.network()) if taught_by is not None and recipe.needs_teacher else None
+            if recipe.stored_outputs is not None:
+                check_parts(Stored(), DistillationObjective(recipe.losses()))
             module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
             batches = loader_batches(data.train_dataloader())
             dry_run(batches, module.student, module.teacher, module.objective, module.task)
@@ -138,6 +145,9 @@ class Pipeline:
                 progress.end(recipe.name, _summary(stage))
                 finished.append(stage)
                 by_label[recipe.label] = stage
+                for waiting in self.to_store:
+                    if waiting.taught_by == recipe.label:
+                        store(waiting, stage, self.work_dir)
         return finished
 
     def _run_one(

@@ -1,6 +1,6 @@
 """What one training is made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import nn
 
+from kd_lightning.data import WithIds
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.pipeline.results import Role
+
+
+def put_around(data: LightningDataModule, wrap: Callable[[Any], Any]) -> None:
+    """Put something around the training set of a data module, whose loader goes through ``around``."""
+    data.around = [*getattr(data, "around", ()), wrap]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,9 @@ class Recipe:
         checkpoint: Finished weights: nothing is trained, the network is only tested.
         check_teacher: Refuse a teacher at chance.
         taught_by: Label of the model that teaches this one.
+        accelerate: How a live teacher runs; see :class:`~kd_lightning.Teacher`.
+        stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
+            None for a live teacher.
     """
 
     role: Role
@@ -50,6 +59,8 @@ class Recipe:
     checkpoint: Path | None = None
     check_teacher: bool = True
     taught_by: str = "teacher"
+    accelerate: str | Sequence[str] = ()
+    stored_outputs: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -58,10 +69,11 @@ class Recipe:
         return f"{own}-{self.method}-s{self.seed}"
 
     def training_data(self) -> LightningDataModule:
-        """Make the data module for this training; its ``with_ids`` tells whether a loss remembers samples."""
+        """Make the data module; its batches say which samples they hold where a loss remembers samples."""
         # An assistant learns from the images that the teacher has learnt from.
         data = self.data(role="teacher" if self.role == "assistant" else self.role, seed=self.seed)
-        data.with_ids = any(loss.needs_sample_ids for loss in self.losses().values())  # type: ignore[attr-defined]
+        if any(loss.needs_sample_ids for loss in self.losses().values()):
+            put_around(data, WithIds)
         return data
 
     @property

@@ -23,9 +23,10 @@ from kd_lightning.pipeline.latency import parameters, size_mb
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder, fingerprint_of
+from kd_lightning.pipeline.teaching import teacher_for
 from kd_lightning.preflight import dry_run
 from kd_lightning.tasks import Batch, Classification
-from kd_lightning.teachers import Teacher
+from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import relative_entropy
 from kd_lightning.tracking.runs import is_rank_zero
 
@@ -37,7 +38,7 @@ def train(
     recipe: Recipe,
     network: nn.Module,
     data: LightningDataModule,
-    teacher: Finished | None,
+    teacher: TeacherSource | None,
     folder: StageFolder,
     logger: Logger | None,
     callbacks: list[Callback],
@@ -60,7 +61,7 @@ def train(
     )
     module = DistillationModule(
         network,
-        Teacher(teacher.network()) if teacher is not None else None,
+        teacher,
         recipe.losses(),
         recipe.optimizer,
         recipe.scheduler,
@@ -151,7 +152,8 @@ def run_stage(
         load_weights(network, recipe.checkpoint)
         data.prepare_data()
     else:
-        seconds, temperatures, trainer = train(recipe, network, data, teacher, folder, logger, callbacks)
+        source = teacher_for(recipe, data, teacher if recipe.needs_teacher else None, stages)
+        seconds, temperatures, trainer = train(recipe, network, data, source, folder, logger, callbacks)
     if is_rank_zero():
         folder.finish(network, test(recipe, network, data, teacher, seconds, temperatures))
     if trainer is not None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 
@@ -149,12 +150,36 @@ def test_an_assistant_is_taught_by_the_teacher_and_teaches_the_student(finished,
     assistant = next(run for run in children if run.data.tags["kd.role"] == "assistant")
     assert assistant.data.metrics["final/agreement"] > 0.5  # with the teacher, whose images and soft targets it learnt
     direct, indirect = [run for run in children if run.data.tags["kd.role"] == "distilled"][-2:]
-    assert direct.data.metrics["kd/teacher_entropy"] != indirect.data.metrics["kd/teacher_entropy"]
+    assert direct.data.metrics["final/teacher_entropy"] != indirect.data.metrics["final/teacher_entropy"]
+
+
+def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    arguments = [*TINY, "stages=[teacher,store_outputs,distilled]", "logger=null"]
+    printed = kd_lightning(*arguments, cwd=folder)
+    assert "stored outputs: 300 samples × 1 views as float16" in printed
+    live, stored = (
+        np.load(next(path.parent.glob("predictions.npz")))["predictions"]
+        for path in sorted(folder.glob("mlruns/stages/distilled-*/result.json"), key=lambda path: path.stat().st_mtime)
+    )
+    assert (live == stored).mean() > 0.98  # half precision is all that differs
+    (written,) = folder.glob("mlruns/stages/outputs-*/*.json")
+    before = written.stat().st_mtime_ns
+    assert kd_lightning(*arguments, cwd=folder).count("reused") == 2
+    assert written.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            [
+                "stages=[teacher,store_outputs,distilled]",
+                "losses=[wkd_logits]",
+                "losses.wkd_logits.teacher_classifier=head",
+            ],
+            r"losses \['wkd_logits'\] look into the teacher's network.*got Stored",
+        ),
         (["taught_by=medium"], r"distilled-kd-T4-s0 is taught by 'medium', expected one of \['teacher'\]"),
         (["losses.kd.temperature=-1"], "KD.*expected temperature > 0, got -1"),
         (["losses.hard_label.weight=-0.5"], "expected weight >= 0, got -0.5"),
