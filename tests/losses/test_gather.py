@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import kd_lightning.losses as losses
 from kd_lightning import DistillationModule
-from kd_lightning.losses.gather import all_gather
+from kd_lightning.losses.gather import all_gather, gather_outputs  # noqa: F401  # the script below has it from here
+from kd_lightning.outputs import Outputs  # noqa: F401
 from tests.test_scale_out import plain
 from tests.tiny import good_teacher, samples, sgd, trainer, weights
 
@@ -70,6 +71,10 @@ x = torch.arange(2 + rank, dtype=torch.float64).add(10 * rank).requires_grad_()
 whole = t.all_gather(x)
 (whole * torch.tensor([1.0, 2, 3, 4, 5]) * (rank + 1)).sum().backward()
 torch.save((whole.detach(), x.grad, t.all_gather(torch.tensor([rank]))), f"{folder}/gathered{rank}.pt")
+
+best = t.Outputs.of_top_k(torch.tensor([[rank, 2]]), torch.tensor([[0.5, 0.25]]).log(), {"f": torch.tensor([[rank]])})
+best = t.gather_outputs(best, ["f"])
+torch.save((best.top_k.indices, best.top_k.log_probs, best.features["f"]), f"{folder}/best{rank}.pt")
 """
 
 
@@ -107,6 +112,14 @@ def test_batches_of_different_lengths_are_joined_and_the_gradients_of_all_proces
         assert whole.tolist() == [0, 1, 10, 11, 12]
         assert gradient.tolist() == [[3.0, 6.0], [9.0, 12.0, 15.0]][rank]
         assert numbers.tolist() == [0, 1]
+
+
+def test_a_teachers_best_classes_are_gathered_with_its_features(two_processes: Path) -> None:
+    for rank in (0, 1):
+        indices, log_probs, feature = torch.load(two_processes / f"best{rank}.pt", weights_only=True)
+        assert indices.tolist() == [[0, 2], [1, 2]]
+        assert log_probs.exp().tolist() == [[0.5, 0.25]] * 2
+        assert feature.tolist() == [[0], [1]]
 
 
 def test_one_process_gathers_itself() -> None:
