@@ -19,6 +19,7 @@ from kd_lightning.stored_outputs.shards import ShardReader
 from kd_lightning.stored_outputs.store import Store, file_checksum
 from kd_lightning.tasks.batch import Taught
 from kd_lightning.teachers import TeacherSource
+from kd_lightning.teachers.stored import GLIMPSE, glimpse, inputs_of
 
 
 class StoredOutputs(Dataset[Any]):
@@ -73,15 +74,17 @@ class StoredOutputs(Dataset[Any]):
 
     def __getitem__(self, key: View | int) -> Taught:
         chosen, numbers = self._views([key])
-        outputs = {name: x[0] for name, x in self._read(numbers).items()}
-        return Taught(self.views[chosen[0]], outputs)
+        sample = self.views[chosen[0]]
+        outputs = _with_glimpse(self._read(numbers), [inputs_of(sample)])
+        return Taught(sample, {name: x[0] for name, x in outputs.items()})
 
     def __getitems__(self, keys: Sequence[View | int]) -> Any:
         """Fetch a batch at once: as samples, or collated as our own data sets give it."""
         chosen, numbers = self._views(keys)
         outputs, fetched = self._read(numbers), self.views.__getitems__(chosen)
         if not isinstance(fetched, list):
-            return Taught(fetched, outputs)
+            return Taught(fetched, _with_glimpse(outputs, inputs_of(fetched)))
+        outputs = _with_glimpse(outputs, [inputs_of(sample) for sample in fetched])
         names, parts = list(outputs), [x.unbind() for x in outputs.values()]
         rows = zip(*parts, strict=True)
         return [Taught(x, dict(zip(names, row, strict=True))) for x, row in zip(fetched, rows, strict=True)]
@@ -130,6 +133,12 @@ class StoredOutputs(Dataset[Any]):
                 "kd_lightning.stored_outputs, or call set_epoch(epoch) ahead of each epoch"
             )
         return max(epoch, 0)
+
+
+def _with_glimpse(outputs: dict[str, Tensor], inputs: Tensor | Sequence[Tensor | None] | None) -> dict[str, Tensor]:
+    """Let :class:`~kd_lightning.teachers.stored.Stored` see whether the inputs are changed on their way."""
+    seen = None if inputs is None else glimpse(inputs)
+    return outputs if seen is None else {**outputs, f"features.{GLIMPSE}": seen}
 
 
 def verify(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Manifest:

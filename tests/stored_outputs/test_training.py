@@ -11,6 +11,7 @@ from kd_lightning import Distillation, DistillationModule
 from kd_lightning.losses import KD, HardLabel, Hint
 from kd_lightning.stored_outputs import StoredOutputs, Views
 from kd_lightning.stored_outputs.replay import ReplayedViews
+from kd_lightning.tasks import Taught
 from kd_lightning.teachers.stored import Stored
 from tests.stored_outputs.data import Augmented, store
 from tests.tiny import assert_equal, good_teacher, loader, network, samples, sgd, trainer, weights
@@ -132,6 +133,39 @@ def test_a_layer_that_was_not_stored_is_named(outputs) -> None:
     module = DistillationModule(network(), Stored(), {"hint": Hint("act", "stem")}, sgd)
     with pytest.raises(ValueError, match=r"layers \['stem'\] were not stored, got \['act'\]: call store_outputs"):
         trainer().fit(module, stored_loader(outputs))
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    return 0.7 * x + 0.3 * x.flip(0)
+
+
+class MixesInStep(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((mixed(batch[0]), batch[1]), batch_idx)
+
+
+class MixesOnDevice(DistillationModule):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch._replace(batch=(mixed(batch.batch[0]), batch.batch[1])) if isinstance(batch, Taught) else batch
+
+
+@pytest.mark.parametrize("door", ["module", "callback"])
+def test_mixup_after_the_outputs_were_read_is_refused_before_the_first_step(outputs, door: str) -> None:
+    callbacks = []
+    if door == "module":
+        module: LightningModule = MixesOnDevice(network(), Stored(), losses(door), sgd)
+    else:
+        module = MixesInStep()
+        callbacks = [Distillation(Stored(), losses(door), student="net")]
+    with pytest.raises(
+        ValueError, match=r"inputs are not those that the teacher saw, for samples \[0, 1\].* MixUp, CutMix"
+    ):
+        trainer(callbacks=callbacks).fit(module, stored_loader(outputs))
+
+
+def test_half_precision_is_no_change(outputs) -> None:
+    module = DistillationModule(network(), Stored(), losses("module"), sgd)
+    trainer(precision="bf16-true").fit(module, stored_loader(outputs))
 
 
 def test_the_best_classes_teach_too(tmp_path) -> None:
