@@ -2,6 +2,8 @@ import pytest
 
 from tests.command import TINY, kd_lightning
 
+collect_ignore = ["benchmarks"]  # programs that print, and import each other as such
+
 
 @pytest.fixture(autouse=True)
 def _no_tracking_server_of_the_shell(monkeypatch):

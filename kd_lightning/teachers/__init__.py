@@ -6,12 +6,14 @@ from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.from_batch import FromBatch
 from kd_lightning.teachers.live import Teacher
 from kd_lightning.teachers.momentum import Momentum
+from kd_lightning.teachers.runtime import RuntimeTeacher
 from kd_lightning.teachers.stored import Stored
 
 __all__ = [
     "Ensemble",
     "FromBatch",
     "Momentum",
+    "RuntimeTeacher",
     "Stored",
     "Teacher",
     "TeacherSource",
