@@ -84,6 +84,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = folder / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Of another test's seed_everything: Lightning's samplers would take another order from it than AsTwoProcesses.
+    environment.pop("PL_GLOBAL_SEED", None)
     subprocess.run([sys.executable, script, folder], check=True, timeout=240, env=environment, cwd=folder)
     return folder
 
