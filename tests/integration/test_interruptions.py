@@ -36,6 +36,8 @@ def interrupt(folder: Path, number: signal.Signals) -> int:
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A shell's background job ignores Ctrl-C, and so would this process if the tests run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     written: set[float] = set()
     end = time.monotonic() + 200

@@ -399,7 +399,7 @@ def test_a_teacher_for_each_seed_is_paired_with_its_students():
             lambda: [run("student", 0.7, 0, label="teacher")],
             "label 'teacher' names a role, and the run has role 'student': rename it",
         ),
-        (lambda: [run("pupil", 0.7, 0)], "has role 'pupil', expected one of teacher, student"),
+        (lambda: [run("pupil", 0.7, 0)], "has role 'pupil', expected one of teacher, assistant, student"),
         (
             lambda: [run("student", 0.7, 0, label="a"), run("student", 0.7, 0, label="b")],
             r"expected one model with role 'student', got \['a', 'b'\]",
