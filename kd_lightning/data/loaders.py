@@ -28,7 +28,7 @@ def shuffled(
     """
     world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
     # Mixed, as the sampler adds the epoch: otherwise epoch 1 of seed 0 would be epoch 0 of seed 1.
-    sampler = _Views(dataset, world, rank, seed=mixed(seed) % 2**32)
+    sampler = Views(dataset, seed=mixed(seed) % 2**32, num_replicas=world, rank=rank)
     return _loader(dataset, sampler, batch_size, seed, num_workers)
 
 
@@ -47,7 +47,38 @@ def mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-class _Views(DistributedSampler[Any]):
+class Views(DistributedSampler[Any]):
+    """Ask a data set for a :class:`View` of each sample once an epoch.
+
+    The order is drawn from (seed, epoch). Lightning tells the sampler the epoch, also after a resume, and leaves it in
+    place in a distributed training, where each process gets its own share; in a loop of one's own, call
+    ``set_epoch(epoch)``.
+
+    Args:
+        dataset: Gives the length.
+        shuffle: Draw another order for each epoch.
+        seed: Of the order.
+        num_replicas: Processes; those of ``torch.distributed`` unless given, or one.
+        rank: Of this process; likewise.
+
+    Example:
+        >>> [tuple(key) for key in Views(range(3), shuffle=False)]
+        [(0, 0), (1, 0), (2, 0)]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if alone and num_replicas is None:
+            num_replicas, rank = 1, 0
+        super().__init__(dataset, num_replicas, rank, shuffle, seed)
+
     def __iter__(self) -> Iterator[Any]:
         return (View(sample, self.epoch) for sample in super().__iter__())
 
