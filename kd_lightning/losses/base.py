@@ -230,12 +230,22 @@ def labelled(target: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
     return labels[kept], *(x[kept] for x in flat)
 
 
-def counted(target: Tensor | None, *logits: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows (N, C) that count: all of them, or those whose target is not ignored, where one is given."""
+def counted(target: Tensor | None, *logits: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, ...]:
+    """Return the rows (N, C) that count: all of them, or those whose target is not ignored, where one is given.
+
+    Raises:
+        ValueError: For a target of another shape than the logits' without their classes.
+    """
     flat = tuple(rows(x) for x in logits)
     if target is None:
         return flat
-    kept = target.flatten() != IGNORE_INDEX
+    expected = classes_last(logits[0]).shape[:-1]
+    if target.shape != expected:
+        raise ValueError(
+            f"expected a target {tuple(expected)} for logits {tuple(logits[0].shape)}, got {tuple(target.shape)}: "
+            "pass one class index a token, the ignore_index where it does not count"
+        )
+    kept = target.flatten() != ignore_index
     return tuple(x[kept] for x in flat)
 
 

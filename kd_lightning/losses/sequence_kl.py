@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
-from kd_lightning.outputs import Outputs, classes_last
-from kd_lightning.tasks.classification import IGNORE_INDEX
+from kd_lightning.outputs import Outputs
 
 
 def forward_kl(
@@ -143,19 +142,6 @@ def _check_lam(lam: float) -> None:
         raise ValueError(f"expected lam in [0, 1], got {lam}: 0 is forward_kl, 1 is reverse_kl")
 
 
-def _counted(target: Tensor | None, ignore_index: int, *logits: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows (N, V) that count, for any ``ignore_index``."""
-    if target is None:
-        return counted(None, *logits)
-    expected = classes_last(logits[0]).shape[:-1]
-    if target.shape != expected:
-        raise ValueError(
-            f"expected a target {tuple(expected)} for logits {tuple(logits[0].shape)}, got {tuple(target.shape)}: "
-            "pass one class index a token, the ignore_index where it does not count"
-        )
-    return counted(torch.where(target == ignore_index, IGNORE_INDEX, 0), *logits)
-
-
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
     # −∞ becomes the least finite number: neither ∞ − ∞ nor 0·∞ comes up after it, and exp of it is 0 all the same.
     return F.log_softmax(logits / temperature, -1).clamp_min(torch.finfo(logits.dtype).min)
@@ -171,7 +157,7 @@ def _log_probabilities(
     """Return log softmax(z / T) of the tokens that count, (N, V) each: the student's, and the teacher's detached."""
     check_temperature(temperature)
     check_same_shape(student_logits, teacher_logits)
-    z_s, z_t = _counted(target, ignore_index, student_logits, teacher_logits.detach())
+    z_s, z_t = counted(target, student_logits, teacher_logits.detach(), ignore_index=ignore_index)
     return _log_softmax(z_s, temperature), _log_softmax(z_t, temperature)
 
 

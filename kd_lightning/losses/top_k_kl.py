@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, padding
-from kd_lightning.losses.sequence_kl import _counted, _kl, _log_softmax
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
+from kd_lightning.losses.sequence_kl import _kl, _log_softmax
 from kd_lightning.outputs import Outputs, class_dim, classes_last
 
 
@@ -53,9 +53,8 @@ def top_k_kl(
             f"student logits {tuple(student_logits.shape)}, got {tuple(indices.shape)} and {tuple(log_probs.shape)}"
         )
     dim = class_dim(student_logits)
-    z_s, best, log_t = _counted(
-        target, ignore_index, student_logits, indices.movedim(-1, dim), log_probs.detach().movedim(-1, dim)
-    )
+    of_teacher = indices.movedim(-1, dim), log_probs.detach().movedim(-1, dim)
+    z_s, best, log_t = counted(target, student_logits, *of_teacher, ignore_index=ignore_index)
     log_s = _log_softmax(z_s, 1.0)
     least = torch.finfo(log_s.dtype).min
     # What fills up is no outcome, whatever its class, which is one of the others: it points to the best one instead.

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import check_temperature, padding
-from kd_lightning.losses.sequence_kl import _counted, _TokenLoss
+from kd_lightning.losses.base import check_temperature, counted, padding
+from kd_lightning.losses.sequence_kl import _TokenLoss
 from kd_lightning.outputs import Outputs, classes_last
 
 
@@ -35,7 +35,7 @@ def sorted_probabilities(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in "
             "more than their classes: cut both to the tokens that correspond"
         )
-    z_s, z_t = _counted(target, ignore_index, student_logits, teacher_logits.detach())
+    z_s, z_t = counted(target, student_logits, teacher_logits.detach(), ignore_index=ignore_index)
     student, teacher = (F.softmax(z / temperature, -1).sort(-1, descending=True).values for z in (z_s, z_t))
     missing = teacher.shape[-1] - student.shape[-1]
     difference = F.pad(student, (0, max(missing, 0))) - F.pad(teacher, (0, max(-missing, 0)))
