@@ -19,6 +19,7 @@ class Latency:
     p50_ms: float
     p95_ms: float
     throughput_per_s: float
+    runtime: str = "PyTorch"
 
 
 def measure(networks: Mapping[str, nn.Module], example: Tensor, *, seconds: float = 2.5) -> dict[str, Latency]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.statistics import Interval, Share
 
-Role = Literal["teacher", "assistant", "student", "control", "distilled", "quantized"]
+Role = Literal["teacher", "assistant", "student", "control", "distilled", "continued", "quantized"]
 
 TITLES: Mapping[str, str] = {
     "teacher": "teacher",
@@ -19,8 +19,40 @@ TITLES: Mapping[str, str] = {
     "student": "student alone",
     "control": "teacher's hard labels",
     "distilled": "distilled",
+    "continued": "distilled, further steps",
     "quantized": "quantized",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What a network was quantised to, and what came of it.
+
+    Attributes:
+        source: label of the model whose weights it has, or began with.
+        training: quantisation-aware training; without, the ranges alone were found, on training images.
+        activation_bits: None where the weights alone are quantised.
+        layers: how many are quantised, of those with weights.
+        float_layers: names of those that stay in float.
+        integer_operators: how many matrix products and convolutions of the file run on integers in ONNX Runtime.
+        agreement_fp32: share of the test images on which it predicts what its own network in fp32 predicts: the
+            source, or after quantisation-aware training the one with the same further steps.
+        agreement_file: share of the test images on which the file predicts what the fake-quantised network predicts.
+        file_mb: megabytes (10^6 bytes) of the exported file, which the predictions come from.
+        warnings: what speaks against the figures, such as a single predicted class.
+    """
+
+    source: str
+    training: bool
+    weight_bits: int
+    activation_bits: int | None
+    layers: int
+    float_layers: tuple[str, ...]
+    integer_operators: int
+    agreement_fp32: float | None
+    agreement_file: float
+    file_mb: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +61,9 @@ class Result:
 
     Attributes:
         role: `student` is the small network alone on the labels, `control` the same network on the teacher's hard
-            labels; an `assistant` stands between teacher and student, taught by the one, teaching the other.
+            labels; an `assistant` stands between teacher and student, taught by the one, teaching the other;
+            `continued` is the distilled student after the same further steps in float that `quantized` students had
+            with quantisation-aware training.
         label: names the model; runs of one model with several seeds share it. The role, unless an experiment has
             several models of one role ("T=4").
         seed: runs of one seed share data order and initialisation, and are compared with each other.
@@ -39,6 +73,7 @@ class Result:
         size_mb: megabytes (10^6 bytes) on disk.
         temperature: of the first loss that has one, at the last step.
         teacher_entropy: of the teacher's soft targets at `temperature`, as a share of log C.
+        quantized: of the role of that name; its predictions are those of the exported file.
     """
 
     role: Role
@@ -53,6 +88,7 @@ class Result:
     size_mb: float
     temperature: float | None = None
     teacher_entropy: float | None = None
+    quantized: Quantized | None = None
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -67,7 +103,17 @@ class Result:
         """For strict JSON: everything but the arrays, and the test accuracy that follows from them."""
         arrays = ("predictions", "target")
         values = {key: value for key, value in vars(self).items() if key not in arrays}
+        values["quantized"] = self.quantized and asdict(self.quantized)
         return _strict(values | {"accuracy": self.accuracy})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **arrays: Any) -> "Result":
+        """Read what :meth:`to_dict` returned."""
+        fields = {key: value for key, value in values.items() if key != "accuracy"} | arrays
+        if fields.get("quantized") is not None:
+            lists = {key: tuple(fields["quantized"][key]) for key in ("float_layers", "warnings")}
+            fields["quantized"] = Quantized(**fields["quantized"] | lists)
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +127,10 @@ class Model:
         retention: accuracy divided by the teacher's.
         recall: by class name, the mean over seeds.
         against_reference: difference of test accuracy to the reference among several distilled models.
+        file_mb: of the ONNX file that is served.
+        latency: in the runtime that it names.
+        latency_openvino: the same in OpenVINO, where that is installed.
+        quantized: of the role of that name; agreements and file size are means over seeds.
     """
 
     role: Role
@@ -100,6 +150,9 @@ class Model:
     teacher_entropy: float | None = None
     recall: Mapping[str, float] = field(default_factory=dict)
     against_reference: Interval | None = None
+    file_mb: float | None = None
+    latency_openvino: Latency | None = None
+    quantized: Quantized | None = None
 
     def to_dict(self) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -114,6 +167,7 @@ class Model:
             "latency_ms_p50": self.latency and self.latency.p50_ms,
             "latency_ms_p95": self.latency and self.latency.p95_ms,
             "throughput_per_s": self.latency and self.latency.throughput_per_s,
+            "runtime": self.latency and self.latency.runtime,
             "train_seconds": self.train_seconds,
         }
         optional = {
@@ -122,6 +176,10 @@ class Model:
             "teacher_entropy": self.teacher_entropy,
             "recall": dict(self.recall) or None,
             "against_reference": self.against_reference and asdict(self.against_reference),
+            "file_mb": self.file_mb,
+            "openvino": self.latency_openvino and _latency(self.latency_openvino),
+            "agreement_fp32": self.quantized and self.quantized.agreement_fp32,
+            "quantized": self.quantized and asdict(self.quantized),
         }
         return row | {key: value for key, value in optional.items() if value is not None}
 
@@ -136,8 +194,9 @@ class Verdict:
         distilled: key in `models` of the distilled model that the sentence is about.
         gap_closed: of that model; None for all three where teacher, student or distilled is missing.
         differences: of test accuracy, by "distilled-alone", "distilled-control", "control-alone", "teacher-alone",
-            as far as both were run.
-        models: by role; by label where a role has several models.
+            and of its int8 students "ptq-distilled", "qat-continued", "qat-ptq", "continued-distilled", as far as
+            both were run.
+        models: by role; by label where a role has several models, and where it is `quantized`.
     """
 
     worth_it: bool
@@ -159,6 +218,14 @@ class Verdict:
                 "models": {key: model.to_dict() for key, model in self.models.items()},
             }
         )
+
+
+def _latency(latency: Latency) -> dict[str, float]:
+    return {
+        "latency_ms_p50": latency.p50_ms,
+        "latency_ms_p95": latency.p95_ms,
+        "throughput_per_s": latency.throughput_per_s,
+    }
 
 
 def _strict(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def sentence(
     figures = f"{percent(distilled.accuracy)} % of the test images right against {percent(alone.accuracy)} %"
     if gain.low > 0:
         worth_it = True
-        text = f"Worth it: {who} is {_points(gain)} better than the student alone ({figures})"
+        text = f"Worth it: {who} is {stated(gain)} better than the student alone ({figures})"
         if share and share.mean is not None and share.low is not None:
             text += (
                 f", and closes {percent(share.mean)} % of the gap to the teacher "
@@ -39,12 +39,12 @@ def sentence(
     elif gain.high < 0:
         worth_it = False
         loss = Interval(-gain.mean, -gain.high, -gain.low)
-        text = f"Not worth it: distillation costs {_points(loss)}: {who} has {figures}"
+        text = f"Not worth it: distillation costs {stated(loss)}: {who} has {figures}"
     else:
         worth_it = False
         text = (
             f"Not worth it: no difference was shown: the student alone is as good "
-            f"({who} has {figures}: a difference of {_inside(gain)})"
+            f"({who} has {figures}: a difference of {within(gain)})"
         )
     parts = [text, *_why(differences, worth_it, extra_images), *_gap(differences)]
     for name in distilled.recall:
@@ -64,23 +64,23 @@ def _why(differences: Mapping[str, Interval], worth_it: bool, extra_images: int)
     helped = f"{what} helped"
     if softness.high < 0:
         worse = Interval(-softness.mean, -softness.high, -softness.low)
-        text = f"The teacher's hard labels are {_points(worse)} better than its soft ones"
+        text = f"The teacher's hard labels are {stated(worse)} better than its soft ones"
         if worth_it or labels.low > 0:
-            return [f"{text}, and {_points(labels)} better than the student alone: train on the teacher's hard labels"]
-        return [f"{text}; that they are better than the student alone was not shown ({_inside(labels)})"]
+            return [f"{text}, and {stated(labels)} better than the student alone: train on the teacher's hard labels"]
+        return [f"{text}; that they are better than the student alone was not shown ({within(labels)})"]
     if worth_it and softness.low > 0:
-        text = f'Softness ("dark knowledge") is part of why: {_points(softness)} better than the teacher\'s hard labels'
-        return [text + (f"; {helped} too ({_inside(labels)} without softness)" if labels.low > 0 else "")]
+        text = f'Softness ("dark knowledge") is part of why: {stated(softness)} better than the teacher\'s hard labels'
+        return [text + (f"; {helped} too ({within(labels)} without softness)" if labels.low > 0 else "")]
     if worth_it and labels.low > 0:
         text = f"{helped}; that softness helped was not shown: the teacher's hard labels did as well"
-        return [f"{text[0].upper()}{text[1:]} (a difference of {_inside(softness)})"]
+        return [f"{text[0].upper()}{text[1:]} (a difference of {within(softness)})"]
     if worth_it:
         return [
-            f"Why was not shown: neither that {helped} (hard labels against the student alone: {_inside(labels)}) "
-            f"nor that softness did (against hard labels: {_inside(softness)})"
+            f"Why was not shown: neither that {helped} (hard labels against the student alone: {within(labels)}) "
+            f"nor that softness did (against hard labels: {within(softness)})"
         ]
     if labels.low > 0:
-        better = f"The teacher's hard labels are {_points(labels)} better than the student alone"
+        better = f"The teacher's hard labels are {stated(labels)} better than the student alone"
         return [f"{better}: train on the teacher's hard labels"]
     return []
 
@@ -91,23 +91,23 @@ def _gap(differences: Mapping[str, Interval]) -> list[str]:
         return ["There is no teacher among the results, so the share of the gap that was closed is not known"]
     if gap.high < 0:
         worse = Interval(-gap.mean, -gap.high, -gap.low)
-        return [f"There is no gap to close: the teacher is {_points(worse)} worse than the student alone"]
+        return [f"There is no gap to close: the teacher is {stated(worse)} worse than the student alone"]
     if gap.low <= 0:
         return [
             "There is no gap to close: that the teacher is better than the student alone was not shown "
-            f"(a difference of {_inside(gap)})"
+            f"(a difference of {within(gap)})"
         ]
     return []
 
 
-def _points(interval: Interval) -> str:
+def stated(interval: Interval) -> str:
     low, high = percent(interval.low), percent(interval.high)
     return f"{percent(interval.mean)} points (95 % interval {low} to {high})"
 
 
-def _inside(interval: Interval) -> str:
+def within(interval: Interval) -> str:
     """The same within parentheses."""
-    return _points(interval).replace(" (", ", ").rstrip(")")
+    return stated(interval).replace(" (", ", ").rstrip(")")
 
 
 def points(interval: Interval | None) -> str:
@@ -131,4 +131,6 @@ def number(value: float | None, form: str) -> str:
 
 def title(key: str, model: Model) -> str:
     name = TITLES[model.role]
+    if model.role == "quantized":
+        return key  # says what was quantised, and how
     return name if key == model.role else f"{name} {key}"

@@ -79,9 +79,8 @@ class StageFolder:
                 return None
             load_student(self.weights)
             with np.load(self.path / _PREDICTIONS, allow_pickle=False) as arrays:
-                fields = {key: value for key, value in content["result"].items() if key != "accuracy"}
-                fields |= {"label": self.recipe.label, "predictions": arrays["predictions"], "target": arrays["target"]}
-                return Result(**fields)
+                named = {"label": self.recipe.label, **{key: arrays[key] for key in ("predictions", "target")}}
+                return Result.from_dict(content["result"], **named)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.results import Verdict
 from kd_lightning.pipeline.sentence import number, percent, points, title
 
@@ -25,9 +26,16 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         quality.add_column("T", justify="right")
     if with_entropy:
         quality.add_column(Text("teacher entropy %"), justify="right")
+    with_fp32 = any(model.quantized is not None for model in models)
+    if with_fp32:
+        quality.add_column("as in fp32 %", justify="right")
     for name in classes:
         quality.add_column(Text(f"recall {name} %"), justify="right")
-    cost = _table(wide, "parameters", "size MB", "p50 ms", "p95 ms", "per s at 64", "training s")
+    with_file = any(model.file_mb is not None for model in models)
+    sizes = ["size MB", *(["file MB"] if with_file else [])]
+    runtimes = dict.fromkeys(model.latency.runtime for model in models if model.latency is not None)
+    first = f"{', '.join(runtimes)} p50 ms" if runtimes else "p50 ms"
+    cost = _table(wide, "parameters", *sizes, first, "p95 ms", "per s at 64", "training s")
     for key, model in verdict.models.items():
         share = model.gap_closed
         cells = [
@@ -40,22 +48,35 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
             cells.append(number(model.temperature, ".3g"))
         if with_entropy:
             cells.append(percent(model.teacher_entropy))
+        if with_fp32:
+            cells.append(percent(model.quantized.agreement_fp32 if model.quantized else None))
         cells += [percent(model.recall.get(name)) for name in classes]
         quality.add_row(rows[key], *cells)
-        speed = model.latency
-        cost.add_row(
-            rows[key],
-            f"{model.params:,}",
-            number(model.size_mb, ".2f"),
-            number(speed.p50_ms if speed else None, ".2f"),
-            number(speed.p95_ms if speed else None, ".2f"),
-            number(speed.throughput_per_s if speed else None, ",.0f"),
-            number(model.train_seconds, ",.1f"),
-        )
-    for table in (quality, cost, *_comparison(verdict, rows)):
+        files = [number(model.file_mb, ".3f")] if with_file else []
+        size = number(model.size_mb if model.quantized is None else None, ".3f" if with_file else ".2f")
+        seconds = number(model.train_seconds, ",.1f")
+        cost.add_row(rows[key], f"{model.params:,}", size, *files, *_speed(model.latency), seconds)
+    for table in (quality, cost, *_openvino(verdict, rows), *_comparison(verdict, rows)):
         console.print(table)
         console.print()
     console.print(Text(verdict.sentence))
+
+
+def _speed(latency: Latency | None) -> list[str]:
+    return [
+        number(latency.p50_ms if latency else None, ".3f"),
+        number(latency.p95_ms if latency else None, ".3f"),
+        number(latency.throughput_per_s if latency else None, ",.0f"),
+    ]
+
+
+def _openvino(verdict: Verdict, rows: Mapping[str, Text]) -> list[Table]:
+    """The speed in the second runtime, where it was measured."""
+    measured = {key: model for key, model in verdict.models.items() if model.latency_openvino is not None}
+    table = _table(True, "OpenVINO p50 ms", "p95 ms", "per s at 64")
+    for key, model in measured.items():
+        table.add_row(rows[key], *_speed(model.latency_openvino))
+    return [table] if measured else []
 
 
 def _comparison(verdict: Verdict, rows: Mapping[str, Text]) -> list[Table]:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency
-from kd_lightning.pipeline.results import TITLES, Model, Result, Role, Verdict
+from kd_lightning.pipeline.quantized_sentence import quantized_sentence
+from kd_lightning.pipeline.results import TITLES, Model, Quantized, Result, Role, Verdict
 from kd_lightning.pipeline.sentence import sentence
 from kd_lightning.pipeline.statistics import Share, gap_closed, paired_difference
 
@@ -25,12 +26,15 @@ def make_verdict(
     recall_classes: Mapping[int, str] | None = None,
     reference: str | None = None,
     extra_images: int = 0,
+    latency_openvino: Mapping[str, Latency] | None = None,
+    files_mb: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Compare the runs, paired by seed and test image, and say what follows.
 
     A difference counts as shown where its 95 % interval excludes zero. Of several distilled models the sentence is
     about the one with the best mean validation accuracy: the test images choose nothing. Roles that were not run
-    leave out what would need them.
+    leave out what would need them. Quantised students are compared with the distilled one that they were made of, and
+    after quantisation-aware training with the one that had the same further steps in float.
 
     Args:
         results: one for each run; the teacher may have one seed for all.
@@ -38,6 +42,8 @@ def make_verdict(
         recall_classes: classes whose recall is of interest on its own (one that the student never sees), with names.
         reference: label of the distilled model with which the other distilled models are compared.
         extra_images: how many images the distilled student and the control had beyond the labelled ones.
+        latency_openvino: by label; what `latency` has in another runtime, measured in OpenVINO.
+        files_mb: by label, megabytes of the exported files; quantised models bring theirs along.
 
     Raises:
         ValueError: no results, other test images, a run given twice, two models where one is expected, no seed in
@@ -64,22 +70,40 @@ def make_verdict(
         "control-alone": (control, alone),
         "teacher-alone": (teacher, alone),
     }
+    ptq, qat = _quantized_of(groups, labels, variants)
+    if ptq is not None or qat is not None:
+        continued = groups[labels["continued"][0]] if labels["continued"] else None
+        source = groups[_quantized(groups[ptq or qat or ""]).source]
+        after_ptq, after_qat = (groups[label] if label is not None else None for label in (ptq, qat))
+        pairs |= {
+            "ptq-distilled": (after_ptq, source),
+            "qat-continued": (after_qat, continued),
+            "qat-ptq": (after_qat, after_ptq),
+            "continued-distilled": (continued, source),
+        }
     differences = {
         name: paired_difference(*_paired(left, right)) for name, (left, right) in pairs.items() if left and right
     }
     models, keys = {}, {}
-    for role in get_args(Role):  # the order in which the pipeline trains, whatever order they came in
-        for label in labels[role]:
-            keys[label] = role if len(labels[role]) == 1 else label
-            model = _model(groups[label], teacher, alone, latency.get(label), recall_classes or {})
-            if role == "distilled" and reference is not None and label != reference:
-                difference = paired_difference(*_paired(groups[label], groups[reference]))
-                model = replace(model, against_reference=difference)
-            models[keys[label]] = model
+    for label in _in_order(groups, labels):
+        role = _role(groups[label])
+        keys[label] = role if len(labels[role]) == 1 and role != "quantized" else label
+        model = _model(groups[label], teacher, alone, recall_classes or {})
+        model = replace(
+            model,
+            latency=latency.get(label),
+            latency_openvino=(latency_openvino or {}).get(label),
+            file_mb=model.quantized.file_mb if model.quantized is not None else (files_mb or {}).get(label),
+        )
+        if role == "distilled" and reference is not None and label != reference:
+            difference = paired_difference(*_paired(groups[label], groups[reference]))
+            model = replace(model, against_reference=difference)
+        models[keys[label]] = model
     distilled_key = keys[chosen] if chosen is not None else None
     share = models[distilled_key].gap_closed if distilled_key is not None else None
     seeds = len(_common_seeds(distilled, alone)) if distilled and alone else 0
     worth_it, text = sentence(models, differences, distilled_key, share, len(variants), seeds, extra_images)
+    text = " ".join([text, *(f"{part}." for part in quantized_sentence(models, differences, ptq, qat))])
     return Verdict(
         worth_it=worth_it,
         sentence=text,
@@ -123,10 +147,14 @@ def _checked(results: Sequence[Result]) -> dict[str, _Runs]:
             raise ValueError(f"{name} is given twice: pass one result a run, or give the models different labels")
         if runs and _role(runs) != result.role:
             raise ValueError(f"label {result.label!r} has roles {_role(runs)} and {result.role}: one label, one model")
+        if (result.role == "quantized") != (result.quantized is not None):
+            raise ValueError(
+                f"{name} has role {result.role!r} and quantized={result.quantized}: the one tells the other"
+            )
         if result.label in TITLES and result.label != result.role:
             raise ValueError(f"label {result.label!r} names a role, and the run has role {result.role!r}: rename it")
         runs[result.seed] = result
-    for role in ("teacher", "student", "control"):
+    for role in ("teacher", "student", "control", "continued"):
         labels = [label for label, runs in groups.items() if _role(runs) == role]
         if len(labels) > 1:
             raise ValueError(f"expected one model with role {role!r}, got {labels}: make one verdict for each")
@@ -135,6 +163,38 @@ def _checked(results: Sequence[Result]) -> dict[str, _Runs]:
 
 def _role(runs: _Runs) -> Role:
     return next(iter(runs.values())).role
+
+
+def _quantized(runs: _Runs) -> Quantized:
+    found = next(iter(runs.values())).quantized
+    assert found is not None
+    return found
+
+
+def _quantized_of(
+    groups: Mapping[str, _Runs], labels: Mapping[str, Sequence[str]], variants: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """Return the labels of a distilled student after post-training quantisation and after training for it.
+
+    The first of each kind that quantises activations too, as files in int8 do, and else the first.
+    """
+    made = {label: _quantized(groups[label]) for label in labels["quantized"]}
+    made = {label: how for label, how in made.items() if how.source in variants}
+    found = []
+    for training in (False, True):
+        those = [label for label, how in made.items() if how.training == training]
+        found.append(min(those, key=lambda label: made[label].activation_bits is None, default=None))
+    return found[0], found[1]
+
+
+def _in_order(groups: Mapping[str, _Runs], labels: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return labels in the order in which the pipeline trains, and behind each what was quantised of it."""
+    ordered = []
+    for role in (role for role in get_args(Role) if role != "quantized"):
+        for label in labels[role]:
+            ordered.append(label)
+            ordered += [other for other in labels["quantized"] if _quantized(groups[other]).source == label]
+    return [*ordered, *(label for label in labels["quantized"] if label not in ordered)]
 
 
 def _validation(runs: _Runs, label: str, variants: int) -> float:
@@ -169,7 +229,6 @@ def _model(
     runs: _Runs,
     teacher: _Runs | None,
     alone: _Runs | None,
-    latency: Latency | None,
     recall_classes: Mapping[int, str],
 ) -> Model:
     one = next(iter(runs.values()))
@@ -181,7 +240,7 @@ def _model(
         agreement = _mean(np.mean(_at(runs, s).predictions == _at(teacher, s).predictions) for s in common)
         quality = _mean(run.accuracy for run in teacher.values())
         retention = _mean(seeds) / quality if quality > 0 else None
-        if alone and one.role in ("control", "distilled", "quantized"):
+        if alone and one.role in ("control", "distilled", "continued", "quantized"):
             share = gap_closed(*_paired(teacher, alone, runs))
     return Model(
         role=one.role,
@@ -195,7 +254,7 @@ def _model(
         gap_closed=share,
         params=one.parameters,
         size_mb=_mean(run.size_mb for run in ordered),
-        latency=latency,
+        latency=None,
         train_seconds=_mean(run.train_seconds for run in ordered),
         temperature=one.temperature,
         teacher_entropy=_mean_or_none(run.teacher_entropy for run in ordered),
@@ -203,6 +262,20 @@ def _model(
             name: _mean(run.correct[np.asarray(run.target) == index].mean() for run in ordered)
             for index, name in recall_classes.items()
         },
+        quantized=_over_seeds([run.quantized for run in ordered if run.quantized is not None]),
+    )
+
+
+def _over_seeds(runs: Sequence[Quantized]) -> Quantized | None:
+    """The first seed's, with means and all warnings."""
+    if not runs:
+        return None
+    return replace(
+        runs[0],
+        agreement_fp32=_mean_or_none(run.agreement_fp32 for run in runs),
+        agreement_file=_mean(run.agreement_file for run in runs),
+        file_mb=_mean(run.file_mb for run in runs),
+        warnings=tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
     )
 
 

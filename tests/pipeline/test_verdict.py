@@ -345,7 +345,7 @@ def test_the_table_holds_the_figures_and_fits_100_columns_without_colours():
     sd = f"{100 * v.models['T=2'].sd:.1f}"
     share = f"{100 * v.gap_closed.mean:.1f}"
     assert re.search(rf"distilled T=2 +79\.0 ± {sd} +\d\d\.\d +87\.8 +{share} +2 +28\.0 +\d\d\.\d", text)
-    assert re.search(r"distilled T=2 +6,000 +0\.03 +0\.51 +0\.75 +12,346 +10\.0", text)
+    assert re.search(r"distilled T=2 +6,000 +0\.03 +0\.512 +0\.750 +12,346 +10\.0", text)
     assert re.search(r"student alone +6,000 +0\.03 +– +– +– +10\.0", text)
     assert re.search(r"teacher's hard labels +75\.5 ± ", text)
     assert " ".join(v.sentence.split()) in " ".join(text.split())

@@ -1,0 +1,92 @@
+"""What quantising cost, whether training for it helped, and what distilling and quantising bring together: in words."""
+
+from collections.abc import Mapping
+
+from kd_lightning.pipeline.results import Model
+from kd_lightning.pipeline.sentence import number, percent, stated, within
+from kd_lightning.pipeline.statistics import Interval
+
+
+def quantized_sentence(
+    models: Mapping[str, Model], differences: Mapping[str, Interval], ptq: str | None, qat: str | None
+) -> list[str]:
+    """Return sentences without full stops.
+
+    Args:
+        models: by key.
+        differences: of accuracy; "ptq-distilled", "qat-continued", "qat-ptq" and "continued-distilled" are looked at.
+        ptq: key of the distilled student after post-training quantisation.
+        qat: key of the one after quantisation-aware training.
+    """
+    parts = []
+    key = ptq or qat
+    if key is not None:
+        bits, costs = bits_of(models[key]), []
+        if "ptq-distilled" in differences:
+            costs.append(_cost("post-training quantisation", differences["ptq-distilled"], "the distilled student"))
+        if "qat-continued" in differences:
+            costs.append(_cost("quantisation-aware training", differences["qat-continued"], "the same further steps"))
+        if costs:
+            parts.append(f"In {bits}, {'; '.join(costs)}")
+        parts += _training(differences)
+        parts += _together(models, ptq, qat)
+    for name, model in models.items():
+        if model.quantized is not None:
+            parts += [f"Beware of {name!r}: {warning}" for warning in model.quantized.warnings]
+    return parts
+
+
+def bits_of(model: Model) -> str:
+    """Say it as people do: ``int8``, ``4-bit weights``, ``4-bit weights and 8-bit activations``."""
+    assert model.quantized is not None
+    weights, activations = model.quantized.weight_bits, model.quantized.activation_bits
+    if weights == activations == 8:
+        return "int8"
+    return f"{weights}-bit weights" + ("" if activations is None else f" and {activations}-bit activations")
+
+
+def _cost(how: str, difference: Interval, of: str) -> str:
+    if difference.high < 0:
+        lost = Interval(-difference.mean, -difference.high, -difference.low)
+        return f"{how} lost {stated(lost)} against {of} in fp32"
+    if difference.low > 0:
+        return f"{how} is {stated(difference)} better than {of} in fp32"
+    return f"that {how} lost anything against {of} in fp32 was not shown (a difference of {within(difference)})"
+
+
+def _training(differences: Mapping[str, Interval]) -> list[str]:
+    """Whether quantisation-aware training beat post-training quantisation, and whether that was the training alone."""
+    gain, steps = differences.get("qat-ptq"), differences.get("continued-distilled")
+    if gain is None:
+        return []
+    if gain.high < 0:
+        worse = Interval(-gain.mean, -gain.high, -gain.low)
+        return [f"Quantisation-aware training is {stated(worse)} worse than post-training quantisation: leave it out"]
+    if gain.low <= 0:
+        return [
+            "That quantisation-aware training is better than post-training quantisation was not shown "
+            f"(a difference of {within(gain)}): post-training quantisation is enough here"
+        ]
+    text = f"Quantisation-aware training is {stated(gain)} better than post-training quantisation"
+    if steps is not None and steps.low > 0:
+        text += f"; the same further steps in fp32 bring {stated(steps)} too, so it is not all due to quantisation"
+    return [text]
+
+
+def _together(models: Mapping[str, Model], ptq: str | None, qat: str | None) -> list[str]:
+    """Compare the sum of both with the teacher; validation says which of the two, and the simpler one wins a tie."""
+    teacher = models.get("teacher")
+    candidates = [key for key in (ptq, qat) if key is not None]
+    if teacher is None or not candidates:
+        return []
+    key = max(candidates, key=lambda name: models[name].val_accuracy)
+    model, gains = models[key], []
+    if teacher.file_mb and model.file_mb:
+        gains.append(f"{number(teacher.file_mb / model.file_mb, '.1f')} times smaller")
+    fast, slow = model.latency, teacher.latency
+    if fast is not None and slow is not None and fast.runtime == slow.runtime:
+        gains.append(f"{number(slow.p50_ms / fast.p50_ms, '.1f')} times faster at batch 1 in {fast.runtime}")
+    if not gains:
+        return []
+    right = f"{percent(model.accuracy)} % of the test images right against {percent(teacher.accuracy)} %"
+    return [f"Distilled and quantised ({key}), it is {' and '.join(gains)} than the teacher in fp32, with {right}"]
