@@ -1,0 +1,31 @@
+"""What a quantised network is: fake quantisation in place, for training or from data alone, and for export."""
+
+from kd_lightning.quantization.exportable import exportable
+from kd_lightning.quantization.onnx_graph import tidy
+from kd_lightning.quantization.prepare import (
+    LayerReport,
+    calibrate,
+    check_ranges,
+    is_prepared,
+    prepare,
+    quantized_layers,
+    set_fake_quantization,
+    set_observers,
+    spec_of,
+)
+from kd_lightning.quantization.spec import QuantizationSpec
+
+__all__ = [
+    "LayerReport",
+    "QuantizationSpec",
+    "calibrate",
+    "check_ranges",
+    "exportable",
+    "is_prepared",
+    "prepare",
+    "quantized_layers",
+    "set_fake_quantization",
+    "set_observers",
+    "spec_of",
+    "tidy",
+]

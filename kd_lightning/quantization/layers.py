@@ -1,0 +1,111 @@
+"""Convolutions and linear layers that fake-quantise input and weight.
+
+A layer becomes one of these by its class alone: names, parameters, hooks, copies and pickles stay.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd_lightning.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from kd_lightning.quantization.spec import QuantizationSpec
+
+
+class QuantizedLayer(nn.Module):
+    """The parts that all have; ``input_quantizer`` is None where the input is on the grid already."""
+
+    weight: Tensor
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.weight_quantizer(self.weight)
+        return weight
+
+
+class _Conv(QuantizedLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        me = _as_any(self)
+        result: Tensor = me._conv_forward(self._input(x), self._weight(), me.bias)
+        return result
+
+
+class QuantizedConv1d(_Conv, nn.Conv1d):
+    """Shape: as ``nn.Conv1d``."""
+
+
+class QuantizedConv2d(_Conv, nn.Conv2d):
+    """Shape: as ``nn.Conv2d``."""
+
+
+class QuantizedConv3d(_Conv, nn.Conv3d):
+    """Shape: as ``nn.Conv3d``."""
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """Shape: as ``nn.Linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self._input(x), self._weight(), self.bias)
+
+
+class _ConvTranspose(QuantizedLayer):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x, me = self._input(x), _as_any(self)
+        dims = x.dim() - 2
+        padding = me._output_padding(x, output_size, me.stride, me.padding, me.kernel_size, dims, me.dilation)
+        call = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return call(x, self._weight(), me.bias, me.stride, me.padding, padding, me.groups, me.dilation)
+
+
+class QuantizedConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """Shape: as ``nn.ConvTranspose1d``."""
+
+
+class QuantizedConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """Shape: as ``nn.ConvTranspose2d``."""
+
+
+class QuantizedConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """Shape: as ``nn.ConvTranspose3d``."""
+
+
+QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.Linear: QuantizedLinear,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
+}
+
+
+def swap(layer: nn.Module, spec: QuantizationSpec, quantize_input: bool) -> None:
+    """Make a layer quantised, in place."""
+    axis: int | None = 0
+    if isinstance(layer, _TRANSPOSED):
+        # (in, out / groups, …): with groups, a channel of the second dimension belongs to several outputs.
+        axis = 1 if layer.groups == 1 else None
+    weight: Tensor = _as_any(layer).weight
+    layer.__class__ = QUANTIZED[type(layer)]
+    weights = WeightQuantizer(spec, axis if spec.per_channel else None, weight)
+    layer.weight_quantizer = weights.to(weight.device).train(layer.training)
+    inputs = ActivationQuantizer(spec).to(weight.device).train(layer.training) if quantize_input else None
+    layer.register_module("input_quantizer", inputs)
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, _TRANSPOSED)
+
+
+def _as_any(value: Any) -> Any:
+    return value

@@ -1,0 +1,227 @@
+"""From a network to one that fake-quantises, in place."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+
+from kd_lightning.outputs import run
+from kd_lightning.quantization.layers import QUANTIZED, QuantizedLayer, swap
+from kd_lightning.quantization.placement import Placement, place
+from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
+from kd_lightning.quantization.spec import QuantizationSpec
+from kd_lightning.tasks.classification import Classification
+
+_KINDS = {quantized: kind.__name__ for kind, quantized in QUANTIZED.items()}
+_SPEC, _PLACEMENT = "quantization_spec", "quantization_placement"
+
+
+class LayerReport(NamedTuple):
+    """How one convolution or linear layer is stored and computed.
+
+    Attributes:
+        name: In the network.
+        kind: Its class before.
+        weight_bits: 32 for one that stays in float.
+        activation_bits: Of its input, likewise.
+        note: What stays in float there, and why; empty for nothing.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int
+    activation_bits: int
+    note: str
+
+
+def prepare(network: nn.Module, spec: QuantizationSpec | None = None) -> nn.Module:
+    """Make a network one that can fake-quantise, in place: names, parameters and hooks stay.
+
+    Quantisers are off at first, and watch what comes along in training mode. To train, see
+    :class:`~kd_lightning.callbacks.QuantizationAwareTraining`; without training, :func:`calibrate`.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: For a network without a layer to quantise, that is prepared already, or a name in ``skip`` that
+            is none of its modules.
+    """
+    spec = spec if spec is not None else QuantizationSpec()
+    if is_prepared(network):
+        raise ValueError("expected a float network, got one that is prepared already: prepare it once")
+    layers = _layers(network, spec)
+    placement = place(network, layers)
+    modules = dict(network.named_modules())
+    if spec.activation_bits is None:
+        placement.inputs, placement.outputs = set(), {}
+    for name in layers:
+        swap(modules[name], spec, name in placement.inputs)
+    for name, (lower, upper) in placement.outputs.items():
+        module = modules[name]
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        module.output_quantizer = ActivationQuantizer(spec, lower, upper).to(device).train(module.training)
+        module.register_forward_hook(_quantize_output)
+    setattr(network, _SPEC, spec)
+    setattr(network, _PLACEMENT, placement)
+    return network
+
+
+def is_prepared(network: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLayer) for module in network.modules())
+
+
+def spec_of(network: nn.Module) -> QuantizationSpec:
+    """Return what a network was prepared with."""
+    return _found(network, _SPEC)  # type: ignore[no-any-return]
+
+
+def placement_of(network: nn.Module) -> Placement:
+    return _found(network, _PLACEMENT)  # type: ignore[no-any-return]
+
+
+def set_fake_quantization(network: nn.Module, enabled: bool) -> None:
+    """Switch rounding on or off, everywhere."""
+    for quantizer in quantizers(network).values():
+        quantizer.enabled = enabled
+
+
+def set_observers(network: nn.Module, observing: bool) -> None:
+    """Let ranges follow the data in training mode, or stay."""
+    for quantizer in quantizers(network).values():
+        quantizer.observing = observing
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
+    """Set the ranges of activations from data, in eval mode, and switch rounding on (post-training quantisation).
+
+    Args:
+        network: That is prepared.
+        loader: Batches as :class:`~kd_lightning.tasks.Classification` reads them; labels are not used.
+        batches: At most; all unless given.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: For a network that is not prepared, no batches, and ranges that are no numbers or hold zero alone.
+    """
+    found = quantizers(network)
+    activations = [q for q in found.values() if isinstance(q, ActivationQuantizer)]
+    was_training = network.training
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    seen = 0
+    set_fake_quantization(network, False)
+    for quantizer in activations:
+        quantizer.calibrating, quantizer.observed = True, False
+        quantizer.count.zero_()
+    network.eval()
+    try:
+        for batch in islice(loader, batches):
+            read = Classification().read(move_data_to_device(batch, device))
+            run(network, read.args, read.kwargs)
+            seen += 1
+    finally:
+        network.train(was_training)
+        for quantizer in activations:
+            quantizer.calibrating = False
+    if not seen:
+        raise ValueError("expected batches to calibrate with, got none: the loader is empty")
+    set_observers(network, False)
+    set_fake_quantization(network, True)
+    check_ranges(network)
+    return network
+
+
+def check_ranges(network: nn.Module) -> None:
+    """Raise ValueError where a range or a scale is not a number, or holds zero alone."""
+    for name, quantizer in quantizers(network).items():
+        where = name.rpartition(".")[0] or "the network"
+        if isinstance(quantizer, ActivationQuantizer):
+            low, high = float(quantizer.low), float(quantizer.high)
+            if quantizer.observed and not (abs(low) < float("inf") and abs(high) < float("inf")):
+                raise ValueError(
+                    f"activations at {where!r} have the range {low:g} to {high:g}, expected numbers: look for what is "
+                    "infinite or not a number in the data or the weights"
+                )
+            if quantizer.observed and low == high:
+                raise ValueError(
+                    f"activations at {where!r} are {low:g} throughout, expected a range: calibrate with data as in "
+                    f"training, or leave the layer out with skip=({where!r},)"
+                )
+    for name, layer in _quantized(network):
+        if not bool(torch.isfinite(layer.weight_quantizer.scales(layer.weight)).all()):
+            raise ValueError(f"the weight of {name!r} has scales that are not numbers: the network has diverged")
+
+
+def quantized_layers(network: nn.Module) -> list[LayerReport]:
+    """Return all convolutions and linear layers of a network, and what becomes of them."""
+    prepared = is_prepared(network)
+    notes = placement_of(network).notes if prepared else {}
+    report = []
+    for name, module in network.named_modules():
+        if isinstance(module, QuantizedLayer):
+            spec = spec_of(network)
+            bits = spec.activation_bits
+            note = notes.get(name, "" if bits is not None else "activations stay in float")
+            report.append(LayerReport(name, _KINDS[type(module)], spec.weight_bits, bits or 32, note))
+        elif isinstance(module, tuple(QUANTIZED)):
+            why = "left out" if type(module) in QUANTIZED else f"{type(module).__name__} has a forward of its own"
+            report.append(LayerReport(name, type(module).__name__, 32, 32, f"stays in float: {why}"))
+    return report
+
+
+def quantizers(network: nn.Module) -> dict[str, Quantizer]:
+    """Return all quantisers by name.
+
+    Raises:
+        ValueError: For a network that is not prepared.
+    """
+    if not is_prepared(network):
+        raise ValueError("expected a prepared network, got one in float: call prepare(network) first")
+    return {name: module for name, module in network.named_modules() if isinstance(module, Quantizer)}
+
+
+def _quantized(network: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    return ((name, module) for name, module in network.named_modules() if isinstance(module, QuantizedLayer))
+
+
+def _layers(network: nn.Module, spec: QuantizationSpec) -> set[str]:
+    names = [name for name, module in network.named_modules() if isinstance(module, tuple(QUANTIZED))]
+    everything = {name for name, _ in network.named_modules(remove_duplicate=False)}
+    ends = {"first": names[:1], "last": names[-1:]}
+    skipped = set()
+    for skip in spec.skip:
+        if skip in ends and skip not in everything:
+            skipped.update(ends[skip])
+        elif skip not in everything:
+            raise ValueError(
+                f"skip names {skip!r}, which is no module of the network, expected 'first', 'last' or some of {names}"
+            )
+        else:
+            skipped.update(name for name in names if name == skip or name.startswith(f"{skip}."))
+    modules = dict(network.named_modules())
+    layers = {name for name in names if type(modules[name]) in QUANTIZED and name not in skipped}
+    if not layers:
+        raise ValueError(
+            f"expected a convolution or linear layer to quantise, got none of {len(names)} in {type(network).__name__}"
+            + (f" with skip={spec.skip}" if spec.skip else "")
+        )
+    return layers
+
+
+def _found(network: nn.Module, attribute: str) -> Any:
+    for module in network.modules():  # the network itself, or what it wraps
+        if attribute in vars(module):
+            return vars(module)[attribute]
+    raise ValueError("expected a prepared network, got one in float: call prepare(network) first")
+
+
+def _quantize_output(module: Any, args: Any, output: Tensor) -> Tensor:
+    """Stand at module level, so that copies and pickles find it."""
+    quantized: Tensor = module.output_quantizer(output)
+    return quantized
