@@ -2,8 +2,9 @@
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,19 +49,12 @@ def measure(networks: Mapping[str, nn.Module], example: Tensor, *, seconds: floa
         for network in networks.values():
             network.eval()
         with torch.inference_mode():
-            single = _times_s(networks, example, calls=5, seconds=seconds / 2)
-            batch = _times_s(networks, example.repeat(_BATCH, *[1] * (example.ndim - 1)), calls=1, seconds=seconds / 2)
+            single = times_s(networks, example, calls=5, seconds=seconds / 2)
+            batch = times_s(networks, batch_of(example), calls=1, seconds=seconds / 2)
     finally:
         for module, flag in training:
             module.training = flag
-    return {
-        name: Latency(
-            p50_ms=1000 * float(np.percentile(single[name], 50)),
-            p95_ms=1000 * float(np.percentile(single[name], 95)),
-            throughput_per_s=_BATCH / float(np.median(batch[name])),
-        )
-        for name in networks
-    }
+    return figures(single, batch, "PyTorch")
 
 
 def size_mb(network: nn.Module) -> float:
@@ -75,7 +69,27 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _times_s(networks: Mapping[str, nn.Module], batch: Tensor, *, calls: int, seconds: float) -> dict[str, list[float]]:
+def batch_of(example: Tensor) -> Tensor:
+    """Repeat a sample 64 times."""
+    return example.repeat(_BATCH, *[1] * (example.ndim - 1))
+
+
+def figures(single: Mapping[str, list[float]], batch: Mapping[str, list[float]], runtime: str) -> dict[str, Latency]:
+    """Sum up the seconds of calls with one sample, and with 64."""
+    return {
+        name: Latency(
+            p50_ms=1000 * float(np.percentile(single[name], 50)),
+            p95_ms=1000 * float(np.percentile(single[name], 95)),
+            throughput_per_s=_BATCH / float(np.median(batch[name])),
+            runtime=runtime,
+        )
+        for name in single
+    }
+
+
+def times_s(
+    networks: Mapping[str, Callable[[Any], Any]], batch: Any, *, calls: int, seconds: float
+) -> dict[str, list[float]]:
     """Seconds of each timed call, by network."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     order = list(networks)
