@@ -95,7 +95,7 @@ def exportable(network: nn.Module) -> nn.Module:
     for name, module in list(modules.items()):
         if isinstance(module, QuantizedLayer):
             _store(module, modules.get(placement.folds.get(name, "")))
-            if name in placement.products:
+            if name in placement.products and bits is not None:
                 module.__class__ = _Product  # type: ignore[assignment]
     for module in modules.values():
         for part in ("input_quantizer", "output_quantizer"):

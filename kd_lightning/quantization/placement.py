@@ -3,8 +3,9 @@
 The network is traced to find out what follows what; it is never rewritten.
 """
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,12 +59,26 @@ class _Tracer(fx.Tracer):
 def place(network: nn.Module, layers: set[str]) -> Placement:
     """Find the places for these layers, by tracing; at the layers' inputs alone where that cannot be done."""
     try:
-        graph = _Tracer().trace(network)
+        with _without_hooks(network):
+            graph = _Tracer().trace(network)
     except Exception as error:  # whatever a forward does with what is no tensor
         reason = f"the network cannot be traced ({type(error).__name__}), so its output stays in float"
         linear = {name for name, m in network.named_modules() if name in layers and isinstance(m, nn.Linear)}
         return Placement(inputs=set(layers), products=linear, notes=dict.fromkeys(layers - linear, reason))
     return _Placing(network, graph, layers).place()
+
+
+@contextmanager
+def _without_hooks(network: nn.Module) -> Iterator[None]:
+    """Trace no hooks: they may keep what they see, and that are no tensors."""
+    kept = [(module, module._forward_hooks, module._forward_pre_hooks) for module in network.modules()]
+    try:
+        for module, _, _ in kept:
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, after, before in kept:
+            module._forward_hooks, module._forward_pre_hooks = after, before
 
 
 class _Placing:
