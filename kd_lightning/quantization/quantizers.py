@@ -165,7 +165,9 @@ class ActivationQuantizer(Quantizer):
     def _observe(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
-        low, high = x.clamp(self.lower, self.upper).aminmax() if self._cut() else x.aminmax()
+        low, high = x.aminmax()
+        if self._cut():
+            low, high = low.clamp(self.lower, self.upper), high.clamp(self.lower, self.upper)
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.observer != "min_max":
             values = x.flatten()
