@@ -1,6 +1,6 @@
 """Read a network's weights from checkpoints, without running anything that a file brings along."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of :class:`~kd_lightning.DistillationModule`: the bare student's state dict.
 
-    Reads plain state dicts too.
+    Reads plain state dicts too. Of a quantisation-aware training it fits a network that is prepared likewise.
 
     Args:
         path: Of the file.
@@ -72,6 +72,8 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
 def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
     """Say how a state dict differs from what the network expects; an empty string where it fits."""
     expected = network.state_dict()
+    if problem := preparation_mismatch(expected, state):
+        return problem
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     shapes = [
@@ -84,6 +86,23 @@ def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
     return (
         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('of another shape', shapes)}"
         "expected a checkpoint of this very architecture: check its depth, width and number of classes"
+    )
+
+
+def preparation_mismatch(expected: Iterable[str], found: Iterable[str]) -> str:
+    """Say so where one of two state dicts is of a network prepared for quantisation, and the other is not."""
+    wanted, got = (any("_quantizer." in name for name in names) for names in (expected, found))
+    if wanted == got:
+        return ""
+    if got:
+        return (
+            "it is of a network prepared for quantisation, expected one in float: call "
+            "kd_lightning.quantization.prepare(network, spec) first, or give the Trainer QuantizationAwareTraining("
+            "spec), with the spec of the training that wrote it"
+        )
+    return (
+        "it is of a network in float, expected one prepared for quantisation: load it before prepare(network), and "
+        "begin a new training with QuantizationAwareTraining, without ckpt_path="
     )
 
 

@@ -2,5 +2,6 @@
 
 from kd_lightning.callbacks.distillation import Distillation
 from kd_lightning.callbacks.hyperparameter_schedule import HyperparameterSchedule, TemperatureSchedule
+from kd_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 
-__all__ = ["Distillation", "HyperparameterSchedule", "TemperatureSchedule"]
+__all__ = ["Distillation", "HyperparameterSchedule", "QuantizationAwareTraining", "TemperatureSchedule"]

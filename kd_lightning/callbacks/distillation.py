@@ -96,7 +96,7 @@ class Distillation(Callback):
             raise ValueError(f"expected task_weight >= 0, got {task_weight}: 0 leaves the module's own loss out")
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses)
-        self.task_weight = task_weight
+        self.student, self.task_weight = student, task_weight
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self._task = _Reading(teacher_inputs, target, labels_needed, self._unwrapped)
