@@ -1,0 +1,50 @@
+"""A file and a runtime: from inputs to outputs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_lightning.export.batches import feed
+from kd_lightning.tasks.batch import Batch
+
+Session = Callable[[Batch], list[Tensor]]
+"""From a batch on the CPU to logits and layers."""
+
+
+def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Session:
+    """Load a file into ``onnxruntime`` or ``openvino``, with as many threads as torch has.
+
+    Args:
+        path: Of the file.
+        runtime: That is installed.
+        values: Names inside the graph, to give after its outputs.
+    """
+    threads = torch.get_num_threads()
+    if runtime == "openvino":
+        import openvino
+
+        # f32: the runtime would otherwise take bfloat16 for what is not int8, where the CPU has it.
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        core = openvino.Core()
+        model = core.read_model(str(path))
+        if values:
+            model.add_outputs(list(values))
+        compiled = core.compile_model(model, "CPU", options)
+        return lambda batch: [torch.from_numpy(x) for x in compiled(feed(batch)).to_tuple()]
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    settings.log_severity_level = 3
+    source: Any = str(path)
+    if values:
+        import onnx
+
+        model = onnx.load(path)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
+        source = model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    return lambda batch: [torch.from_numpy(x) for x in session.run(None, feed(batch))]

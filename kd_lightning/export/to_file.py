@@ -1,0 +1,167 @@
+"""From a student to a file that serves without this package."""
+
+import copy
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.export.batches import as_batch
+from kd_lightning.export.compare import Comparison, compare, in_two_batches, worst_layer
+from kd_lightning.export.files import new_files
+from kd_lightning.export.formats import check_format
+from kd_lightning.export.writers import WRITERS, Job, Written
+from kd_lightning.outputs import class_dim, run
+from kd_lightning.quantization import is_prepared, set_fake_quantization, spec_of
+
+LEAST_AGREEMENT = {"float32": 1.0, "float16": 0.99, "int8": 0.98, "int8_dynamic": 0.95, "int4": 0.9}
+"""Share of the example's samples with the same best class. A prepared network is compared as it fake-quantises."""
+_MOST_DIFFERENCE = {"float32": 1e-3, "float16": 5e-2}  # of the largest logit
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it compares with the network on the example.
+
+    Attributes:
+        path: Of the file.
+        bytes: Of all files.
+        agreement: Share of the samples, tokens or pixels with the same best class.
+        max_difference: Of a logit.
+        operators: How many of each kind are in the file.
+    """
+
+    path: Path
+    bytes: int
+    agreement: float
+    max_difference: float
+    operators: Mapping[str, int]
+
+
+@torch.no_grad()
+def export(
+    student: nn.Module,
+    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    path: str | PathLike[str],
+    format: str = "onnx",
+    precision: str = "float32",
+    *,
+    classes: Sequence[str] = (),
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    least_agreement: float | None = None,
+) -> ExportReport:
+    """Write a student, for batches of any size, and compare the file with it before it takes its name.
+
+    Inputs are float32 in every precision, by the name ``input`` (``input0`` … where there are several, the names of
+    ``forward``'s arguments where the example has these); the output is ``logits``, float32, at temperature 1.
+
+    Args:
+        student: Returns logits, or an object with ``.logits``; stays as it is. ``int8``, and ``int4`` after training
+            for it, take a network of :mod:`kd_lightning.quantization` that is calibrated.
+        example: Real inputs, as the network gets them: some tens at least, since the file is judged by them.
+        path: Ends in ``.onnx``, ``.xml`` (openvino; the weights lie beside it in ``.bin``), ``.pt2``
+            (torch_export) or ``.safetensors`` (state_dict).
+        format: ``onnx`` (opset 21), ``openvino``, ``torch_export`` or ``state_dict``.
+        precision: ``float32``; ``float16``; ``int8``, static; ``int8_dynamic``, weights of matrix products, whose
+            inputs are quantised as they come; ``int4``, weights alone.
+        classes: Names, in the order of the logits. With ``mean`` and ``std``, in the file's metadata.
+        mean: Of each channel, that was subtracted from the inputs.
+        std: Likewise; divided by.
+        least_agreement: Share of the samples whose best class must stay; see ``LEAST_AGREEMENT``.
+
+    Raises:
+        ImportError: Where a package is missing.
+        OSError: Where the file cannot be written.
+        ValueError: For what cannot be exported, and for a file that does not agree with the network.
+
+    Example::
+
+        network.load_state_dict(load_student("last.ckpt"))
+        export(network, images, "student.onnx")
+    """
+    path = Path(path)
+    check_format(format, precision, path)
+    batch, network = as_batch(example), copy.deepcopy(student).cpu().eval()
+    _check_preparation(network, precision)
+    expected = run(network, batch.args, batch.kwargs).logits.float()
+    _check_outputs(network, expected, classes)
+    metadata = _metadata(student, precision, classes, mean, std)
+    with new_files(path) as folder:
+        job = Job(network, batch, precision, metadata, folder / path.name, path)
+        written = WRITERS[format](job)
+        found = compare(expected, in_two_batches(written.session, batch))
+        _check_agreement(student, format, job, written, found, least_agreement, expected)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    return ExportReport(path, size, found.agreement, found.max_difference, written.operators)
+
+
+def _check_preparation(network: nn.Module, precision: str) -> None:
+    if not is_prepared(network):
+        if precision == "int8":
+            raise ValueError(
+                f"expected a prepared and calibrated network for int8, got {type(network).__name__} in float: "
+                "prepare(network), then calibrate(network, loader), both of kd_lightning.quantization; or take "
+                "precision='int8_dynamic' for one of linear layers"
+            )
+        return
+    own = "int4" if spec_of(network).weight_bits <= 4 else "int8"
+    if precision != own:
+        raise ValueError(
+            f"the network is prepared for weights of {spec_of(network).weight_bits} bits, expected precision={own!r}, "
+            f"got {precision!r}: export the float network for that"
+        )
+    set_fake_quantization(network, True)
+
+
+def _check_outputs(network: nn.Module, logits: Tensor, classes: Sequence[str]) -> None:
+    bad = int((~torch.isfinite(logits)).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"{type(network).__name__} gives logits that are infinite or not a number for {bad} of {len(logits)} "
+            "samples, expected numbers: look at the example, or export weights from before it diverged"
+        )
+    count = logits.shape[class_dim(logits)]
+    if classes and len(classes) != count:
+        raise ValueError(f"expected names of {count} classes, one for each logit, got {len(classes)}")
+
+
+def _check_agreement(
+    student: nn.Module, format: str, job: Job, written: Written, found: Comparison, least: float | None, logits: Tensor
+) -> None:
+    least = LEAST_AGREEMENT[job.precision] if least is None else least
+    most = _MOST_DIFFERENCE.get(job.precision, float("inf")) * float(logits.abs().max())
+    if found.finite and found.agreement >= least and found.max_difference <= most:
+        return
+    runtime = {"onnx": "onnxruntime", "openvino": "openvino"}.get(format)
+    where = worst_layer(job.network, job.batch, job.file, runtime, written.layers) if runtime else ""
+    raise ValueError(
+        f"{job.path.name} in {job.precision} gives the same class as {type(student).__name__} for "
+        f"{found.agreement:.1%} of the {len(logits)} samples, its logits differ by {found.max_difference:.2g} at most; "
+        f"expected {least:.1%}"
+        f"{f' and {most:.2g}' if most < float('inf') else ''}; {where}. Nothing was written: take a higher precision, "
+        "or train for this one; or lower least_agreement"
+    )
+
+
+def _metadata(
+    student: nn.Module, precision: str, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, str]:
+    """Return strings; lists are JSON."""
+    lists = {
+        "classes": [str(name) for name in classes],
+        "mean": [float(x) for x in mean],
+        "std": [float(x) for x in std],
+    }
+    return {
+        "student": type(student).__name__,
+        "precision": precision,
+        "temperature": "1",
+        "kd_lightning": importlib.metadata.version("kd-lightning"),
+        **{name: json.dumps(values) for name, values in lists.items()},
+    }
