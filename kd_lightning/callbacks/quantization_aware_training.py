@@ -29,6 +29,7 @@ from kd_lightning.quantization import (
 )
 from kd_lightning.quantization.prepare import quantizers
 from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
+from kd_lightning.teachers import TeacherSource
 from kd_lightning.tracking.metrics import logs_this_step
 
 
@@ -87,6 +88,11 @@ class QuantizationAwareTraining(Callback):
         self._phase: tuple[bool, bool] | None = None
         self._undo = ExitStack()
 
+    @property
+    def state_key(self) -> str:
+        """Lightning's name of this callback in a checkpoint; a module may have several networks that are rounded."""
+        return self._generate_state_key(student=self.student)
+
     # Before training, in the order of the calls.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,8 +103,10 @@ class QuantizationAwareTraining(Callback):
             # What it makes has to be there, and so has what a loss adds to the student of a DistillationModule.
             pl_module.configure_model()
         network = self._find(trainer, pl_module)
-        with _without_losses(network):
-            if not is_prepared(network):
+        if not is_prepared(network):
+            for teacher in _averaging_teachers(trainer, pl_module):
+                teacher.prepare(network)  # its copy is in float, whichever comes first in callbacks
+            with _without_losses(network):
                 prepare(network, self.spec)
                 rank_zero_info(_summary(network))
         objective = find_objective(pl_module)
@@ -246,6 +254,12 @@ def _average_ranges(trainer: Trainer, found: list[Quantizer]) -> None:
     if buffers:
         mean = trainer.strategy.reduce(torch.stack(buffers), reduce_op="mean")
         torch._foreach_copy_(buffers, list(mean.unbind()))
+
+
+def _averaging_teachers(trainer: Trainer, module: LightningModule) -> list[TeacherSource]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    teachers = [c.teacher for c in callbacks if isinstance(c, Distillation)] + [getattr(module, "teacher", None)]
+    return [teacher for teacher in teachers if isinstance(teacher, TeacherSource) and teacher.learns]
 
 
 def _check_time(name: str, time: float | int) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kd_lightning import Distillation, load_student
+from kd_lightning import Distillation, MutualLearning, load_student
 from kd_lightning.callbacks import HyperparameterSchedule, QuantizationAwareTraining, TemperatureSchedule
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.losses import KD, HardLabel, Hint, SimKD
@@ -31,7 +31,7 @@ from kd_lightning.quantization import (
 from kd_lightning.quantization.prepare import quantizers
 from kd_lightning.schedules import linear
 from kd_lightning.teachers import Momentum
-from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, trainer, weights
+from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, sgd, trainer, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -309,14 +309,50 @@ def test_ranges_of_a_calibrated_network_may_stay() -> None:
     assert not torch.equal(module.student.head.weight, network().head.weight)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_moving_average_as_teacher_is_one_in_float(first: bool) -> None:
-    module = Existing()
-    callback = Distillation(Momentum(0.5), {"kd": KD(4.0)}, student="net")
-    fit(module, *([qat(), callback] if first else [callback, qat()]), max_epochs=2)
-    teacher = callback.teacher.network
-    assert not is_prepared(teacher) or not any(q.enabled for q in quantizers(teacher).values() if q.observed)
-    assert not torch.equal(teacher.stem.weight, network().stem.weight)
+@pytest.mark.parametrize("door", ["module", "qat first", "distillation first"])
+def test_a_moving_average_as_teacher_is_one_in_float(door: str, tmp_path: Path) -> None:
+    def run(ckpt_path: Path | None = None, epochs: int = 2) -> tuple[LightningModule, Any, Momentum]:
+        teacher, callback = Momentum(0.5), qat(freeze_observers=1, freeze_batch_norm=1)
+        if door == "module":
+            module, callbacks = (
+                distillation(teacher=teacher, losses={"kd": KD(), "hard_label": HardLabel()}),
+                [callback],
+            )
+        else:
+            module = Existing()
+            callbacks = [callback, Distillation(teacher, {"kd": KD(4.0)}, student="net")]
+            callbacks = callbacks if door == "qat first" else callbacks[::-1]
+        it = fit(module, *callbacks, data=loader(), ckpt_path=ckpt_path, max_epochs=epochs)
+        return module, it, teacher
+
+    module, _, teacher = run()
+    assert not is_prepared(teacher.network)
+    assert not torch.equal(teacher.network.stem.weight, network().stem.weight)
+    run(epochs=1)[1].save_checkpoint(tmp_path / "one.ckpt")
+    other, again, average = run(tmp_path / "one.ckpt")
+    assert_equal(weights(average.network), weights(teacher.network))
+    assert_equal(weights(other), weights(module))
+    if door == "module":
+        fresh = distillation(teacher=Momentum(0.5), losses={"kd": KD(), "hard_label": HardLabel()})
+        again = trainer(callbacks=[qat()])
+        tested = again.test(fresh, loader(seed=5), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+        assert tested[0]["test/agreement"] > 0.5
+
+
+def test_two_networks_of_a_module_each_with_a_spec_of_its_own(tmp_path: Path) -> None:
+    def run(ckpt_path: Path | None = None) -> MutualLearning:
+        losses = {"hard_label": HardLabel(), "kd": KD(1.0)}
+        module = MutualLearning({"a": network(), "b": network(seed=1)}, losses, optimizer=sgd)
+        four, eight = (QuantizationSpec(weight_bits=bits) for bits in (4, 8))
+        both = [qat(spec=four, student="students.a"), qat(spec=eight, student="students.b", start=0.5)]
+        save = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        fit(module, *both, *save, enable_checkpointing=not ckpt_path, ckpt_path=ckpt_path, max_epochs=2)
+        return module
+
+    module = run()
+    assert [layer.weight_bits for layer in quantized_layers(module.students.a)] == [4, 4]
+    assert [layer.weight_bits for layer in quantized_layers(module.students.b)] == [8, 8]
+    assert_equal(weights(run(tmp_path / "epoch=0.ckpt")), weights(module))
 
 
 # Resume and checkpoints.
