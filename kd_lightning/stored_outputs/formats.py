@@ -59,9 +59,11 @@ class Float16(Format):
 
 
 class Uint8(Format):
-    """One byte a class: a row's lowest logit is 0 and its highest 255; both follow as lowest and step, float32 each.
+    """One byte a class, in levels that lie closer the nearer they are to a row's highest logit, where the softmax is.
 
-    The KL divergence is half the rounding error's variance under the softmax: at most step² / 24 on average.
+    logit = highest − scale · code², highest and scale being float32 behind the codes. The KL divergence is half the
+    rounding error's variance under the softmax p: at temperature 1 on average R · E_p[highest − logit] / (6 · 255²), at
+    most R · H(p) / 390,150 nats, R being highest − lowest logit and H the entropy.
     """
 
     dtype = np.dtype("u1")
@@ -70,16 +72,21 @@ class Uint8(Format):
         return classes + 8
 
     def encode(self, logits: Tensor) -> Rows:
-        lowest, highest = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True)
-        step = (highest - lowest) / 255
-        codes = ((logits - lowest) / step.where(step > 0, torch.ones(()))).round().clamp(0, 255).byte()
-        return np.concatenate([codes.numpy(), _as_bytes(lowest), _as_bytes(step)], -1)
+        highest = logits.amax(-1, keepdim=True)
+        scale = (highest - logits.amin(-1, keepdim=True)) / 255**2
+        squares = (highest - logits) / scale.where(scale > 0, torch.ones(()))
+        # Half way from level k² to (k + 1)² is (k + 1/2)² + 1/4.
+        codes = squares.sub_(0.25).clamp_(min=0).sqrt_().round_().clamp_(max=255).byte()
+        return np.concatenate([codes.numpy(), _as_bytes(highest), _as_bytes(scale)], -1)
 
     def decode(self, rows: Rows, classes: int) -> dict[str, Tensor]:
         ends = _of_bytes(rows[..., classes:], _F4)
-        codes = torch.from_numpy(rows[..., :classes].astype(np.float32))
-        # In place, one operation after the other: three times as fast as one with mixed types.
-        return {"logits": codes.mul_(torch.from_numpy(ends[..., 1:])).add_(torch.from_numpy(ends[..., :1]))}
+        # In place and of one type, which is three times as fast as mixed types; a table of 256 levels is twice as slow.
+        logits = rows[..., :classes].astype(np.float32)
+        np.multiply(logits, logits, logits)
+        np.multiply(logits, ends[..., 1:], logits)
+        np.subtract(ends[..., :1], logits, logits)
+        return {"logits": torch.from_numpy(logits)}
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from kd_lightning.data.loaders import View
 from kd_lightning.stored_outputs.replay import ReplayedViews, parts, untouched_generators
 from kd_lightning.teachers import TeacherSource
 
-CODE = 1
+CODE = 2
 """Raised with each change of the files' layout or of how augmentation is replayed."""
 PROBES = 16
 """Samples that are looked at, spread over the data set, each in its first and its last view."""
 _TOLERANCE = 1e-3  # of a sample's norm: another machine rounds otherwise
 _REMEDY = {
     "teacher": "pass the teacher that wrote them",
-    "code": "they were written by another version of kd_lightning",
+    "code": "another version of kd_lightning wrote them in another layout: write them again",
     "length": "pass the data set that they were written for, whole and in its order",
     "transform": "augment as when they were written",
     "targets": "pass the data set that they were written for, whole and in its order",

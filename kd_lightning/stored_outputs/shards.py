@@ -122,6 +122,7 @@ class ShardReader:
         self.store, self.manifest, self.name = store, manifest, name
         self.array = manifest.arrays[name]
         self.code = self.array.code
+        self._count = manifest.count
         self._maps: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class ShardReader:
         Raises:
             ValueError: For a file that is missing or torn.
         """
-        if self.manifest.count == 1:
+        if self._count == 1:
             return self.mapped(0).take(rows, 0)
         shards, places = np.divmod(rows, self.manifest.rows_per_shard)
         found = np.empty((len(rows), *self.array.row), self.code.dtype)

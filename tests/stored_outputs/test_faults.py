@@ -333,6 +333,16 @@ def test_a_manifest_that_cannot_be_read(outputs) -> None:
         store(outputs)
 
 
+def test_outputs_in_the_layout_of_another_version(outputs) -> None:
+    file = outputs / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["fingerprint"]["code"] = 1
+    file.write_text(json.dumps(manifest))
+    for use in (lambda: StoredOutputs(Augmented(), outputs), lambda: store(outputs)):
+        with pytest.raises(ValueError, match=r"code: stored 1, now 2 \(another version .* wrote .*: write them again\)"):
+            use()
+
+
 class Broken(torch.nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
