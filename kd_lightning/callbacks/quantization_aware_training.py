@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
 
 from kd_lightning.callbacks.distillation import Distillation
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
+from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
 from kd_lightning.checkpoint import preparation_mismatch
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import find_layer
@@ -154,7 +154,7 @@ class QuantizationAwareTraining(Callback):
             )
         if self.learning_rate_factor != 1:
             for optimizer in trainer.optimizers:
-                self._undo.enter_context(self._slower(optimizer))
+                self._undo.enter_context(scaled_learning_rate(optimizer, self._factor))
 
     # In training.
 
@@ -203,6 +203,9 @@ class QuantizationAwareTraining(Callback):
         self._undo.close()
         self._network, self._norms, self._quantizers = None, [], []
 
+    def _factor(self) -> float:
+        return self.learning_rate_factor if self._phase is not None and self._phase[0] else 1.0
+
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         name = self.student or next((c.student for c in callbacks if isinstance(c, Distillation)), "")
@@ -215,33 +218,6 @@ class QuantizationAwareTraining(Callback):
                 f"{error}; a network that the module makes in setup() comes too late to be prepared: make it in "
                 "__init__ or configure_model"
             ) from error
-
-    @contextmanager
-    def _slower(self, optimizer: Optimizer) -> Iterator[None]:
-        """Multiply the learning rates while the optimizer steps, and no longer.
-
-        What schedulers and checkpoints see is without the factor, so that none is applied twice after a resume.
-        """
-        kept: list[Any] = []
-
-        def before(*_: Any) -> None:
-            if self._phase is not None and self._phase[0]:
-                kept[:] = [group["lr"] for group in optimizer.param_groups]
-                for group in optimizer.param_groups:
-                    group["lr"] = group["lr"] * self.learning_rate_factor
-
-        def after(*_: Any) -> None:
-            for group, rate in zip(optimizer.param_groups, kept, strict=False):
-                group["lr"] = rate
-            kept.clear()
-
-        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
-        try:
-            yield
-        finally:
-            after()  # a step may have broken off
-            for hook in hooks:
-                hook.remove()
 
 
 def _reached(time: float | int, trainer: Trainer) -> bool:

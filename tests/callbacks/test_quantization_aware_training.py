@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kd_lightning import Distillation, MutualLearning, load_student
+from kd_lightning import Distillation, DistillationModule, MutualLearning, load_student
 from kd_lightning.callbacks import HyperparameterSchedule, QuantizationAwareTraining, TemperatureSchedule
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.losses import KD, HardLabel, Hint, SimKD
@@ -166,6 +166,24 @@ def test_the_learning_rate_is_less_from_the_start_on_whatever_the_scheduler_does
         scheduler.step()
     assert notes.rates == expected
     assert it.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]  # the scheduler's own
+
+
+def test_the_factor_is_in_no_checkpoint_when_a_step_breaks_off() -> None:
+    class Broken(Existing):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 2:
+                raise KeyError("the user's")
+            return super().training_step(batch, batch_idx)
+
+    class Rate(Callback):
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    rate = Rate()
+    with pytest.raises(KeyError, match="the user's"):
+        fit(module := Broken(), qat(student="net", learning_rate_factor=0.1), rate)
+    scheduler = module.lr_schedulers()
+    assert rate.rate == scheduler.get_last_lr()[0] > 5e-3
 
 
 def test_a_factor_of_a_half_is_half_the_learning_rate() -> None:
@@ -463,6 +481,14 @@ def test_a_checkpoint_of_the_other_kind_is_refused(files: dict[str, Path]) -> No
             trainer(callbacks=[callback]).test(module, loader(), ckpt_path=files[f"{name} float"], verbose=False)
     with pytest.raises(ValueError, match=PREPARED):
         trainer().test(distilled(), loader(), ckpt_path=files["distilled quantised"], verbose=False)
+    with pytest.raises(ValueError, match=PREPARED):
+        DistillationModule.load_from_checkpoint(
+            files["distilled quantised"],
+            student=network(),
+            teacher=None,
+            losses={"hard_label": HardLabel()},
+            optimizer=sgd,
+        )
     with pytest.raises(ValueError, match=PREPARED):
         load_weights(network(), files["alone quantised"])
     with pytest.raises(ValueError, match=FLOAT):
