@@ -17,7 +17,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -26,11 +26,13 @@ from rich.console import Console
 
 from kd_lightning.pipeline import Pipeline, Recipe
 from kd_lightning.pipeline.results import Role
+from kd_lightning.pipeline.sources import taught_through, through_stored_outputs
+from kd_lightning.teachers import Stored, Teacher
 from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "verdict")
-_MISTAKES = (ValueError, TypeError, OSError, OmegaConfBaseException, InstantiationException)
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException, InstantiationException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 
@@ -96,13 +98,18 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
     assistants = [_assistant(resolved, name) for name in resolved["assistants"] if "assistants" in config.stages]
     recipes = []
     wanted = {*config.stages, *(["distilled"] if "store_outputs" in config.stages else [])}
+    members: dict[str, Recipe] = {}
     for role in (role for role in _STUDENTS if role in wanted):
         variants = _variants(config, overrides) if role == "distilled" else {role: resolved}
         for label, variant in variants.items():
             recipes += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
+            for member, of in _members(variant).items() if role != "student" else ():
+                if member != "teacher":
+                    members[member] = _teacher(variant, member, of)
     return Pipeline(
         name=resolved["name"] or experiment or "kd-lightning",
         teacher=teacher,
+        members=list(members.values()),
         assistants=assistants,
         to_store=[recipe for recipe in recipes if recipe.stored_outputs is not None],
         students=[recipe for recipe in recipes if recipe.role in config.stages],
@@ -116,14 +123,17 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
     )
 
 
-def _teacher(config: Mapping[str, Any]) -> Recipe:
+def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | str | None = None) -> Recipe:
+    """Train it, or take its weights from a file; as a member of an ensemble with a seed or a file of its own."""
     part = config["teacher"]
+    if member is not None:
+        part = {**part, **({"seed": member, "checkpoint": None} if isinstance(member, int) else {"checkpoint": member})}
     own = {key: part[key] for key in ("network", "losses", "optimizer", "scheduler")}
     own |= {"callbacks": {}, "trainer": {**config["trainer"], **part["trainer"]}, "data": config["data"]}
     checkpoint = Path(part["checkpoint"]) if part["checkpoint"] is not None else None
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"teacher.checkpoint={checkpoint}: there is no such file")
-    return _recipe(own, "teacher", "teacher", int(part["seed"]), checkpoint)
+    return _recipe(own, "teacher", label, int(part["seed"]), checkpoint)
 
 
 def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
@@ -145,16 +155,43 @@ def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Re
     own["network"] = config["student"]["network"]
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
         own |= {"losses": config[role]["losses"], "callbacks": {}}
-    teaching: dict[str, Any] = {}
-    if role != "student":
-        if config["teacher"]["accelerate"]:
-            teaching["accelerate"] = config["teacher"]["accelerate"]
-        if "store_outputs" in config["stages"]:
-            teaching["stored_outputs"] = config["stored_outputs"]
-    recipe = _recipe({**own, **teaching}, role, label, seed, check_teacher=config["teacher"]["check"])
-    if role == "distilled":
-        teaching["taught_by"] = config["taught_by"]
-    return replace(recipe, **teaching)
+    recipe = _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
+    return recipe if role == "student" else _taught(recipe, config)
+
+
+def _taught(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
+    source = config["teachers"]
+    make = get_object(source["_target_"])
+    taught_by = config["taught_by"] if recipe.role == "distilled" else "teacher"
+    if make is Stored or "store_outputs" in config["stages"]:
+        return through_stored_outputs(recipe, make, taught_by, config["stored_outputs"])
+    if recipe.role == "control" and getattr(make, "learns", False):  # its labels are those of the trained teacher
+        make = Teacher
+        source = {"_target_": "kd_lightning.teachers.Teacher", "accelerate": config["teacher"]["accelerate"]}
+
+    def bound(part: Mapping[str, Any]) -> Any:
+        return instantiate({**part, "_partial_": True}, _convert_="all")
+
+    return taught_through(recipe, source, make, bound, taught_by, list(_members(config)))
+
+
+def _members(config: Mapping[str, Any]) -> dict[str, int | str]:
+    """Return the seeds and checkpoints of an ensemble's members, by label; none where sources are given."""
+    members, teacher = config["teachers"].get("teachers") or [], config["teacher"]
+    if not any(isinstance(member, int | str) for member in members):
+        return {}
+    if not all(isinstance(member, int | str) for member in members) or len(set(members)) < len(members):
+        raise ValueError(
+            f"expected teachers.teachers to be different seeds and checkpoints, or sources alone, got {members}: name "
+            "each once"
+        )
+    if "teacher" not in config["stages"] and any(isinstance(member, int) for member in members):
+        raise ValueError(
+            f"teachers.teachers={members} are seeds to train the teacher with: add teacher to the stages, or give "
+            "checkpoints, 'teachers.teachers=[a.ckpt,b.ckpt]'"
+        )
+    own = teacher["seed"] if teacher["checkpoint"] is None else teacher["checkpoint"]
+    return {"teacher" if member == own else f"teacher-{member}": member for member in members}
 
 
 def _recipe(

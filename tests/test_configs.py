@@ -33,8 +33,8 @@ def load(name: str):
     for key in part:
         if OmegaConf.is_missing(part, key):
             part[key] = MISSING[key]
-    # A scheduler takes its learning rate from the optimizer beside it.
-    return OmegaConf.create({"optimizer": {"lr": 0.1}, "part": part}).part
+    # A scheduler takes its learning rate from the optimizer beside it, a live teacher how it runs from the teacher.
+    return OmegaConf.create({"optimizer": {"lr": 0.1}, "teacher": {"accelerate": []}, "part": part}).part
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -42,8 +42,14 @@ def test_a_part_can_be_made(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     if name == "data/image_folder":
         pytest.importorskip("torchvision")
-    made = instantiate(load(name))
     group = name.split("/")[0]
+    networks = {  # what the pipeline gives
+        "teachers/live": {"network": torch.nn.Identity()},
+        "teachers/runtime": {"network": torch.nn.Identity()},
+        "teachers/ensemble": {"teachers": [torch.nn.Identity()]},
+    }.get(name, {})
+    made = instantiate(load(name), **({"_partial_": True} if networks else {}))
+    made = made(**networks) if networks else made
     if group in ("optimizer", "scheduler"):
         parameters = [torch.nn.Parameter(torch.zeros(1))]
         optimizer = made(parameters) if group == "optimizer" else torch.optim.SGD(parameters, lr=0.1)

@@ -23,11 +23,10 @@ from kd_lightning.pipeline.results import Verdict
 from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
-from kd_lightning.pipeline.teaching import store
+from kd_lightning.pipeline.teaching import store, with_members
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.tasks import Classification
-from kd_lightning.teachers import Teacher
 from kd_lightning.teachers.stored import Stored
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
@@ -40,6 +39,7 @@ class Pipeline:
     Attributes:
         name: Of the parent run.
         teacher: None where no stage needs one.
+        members: Further teachers of an ensemble; no rows of the comparison.
         assistants: Networks between teacher and student, each taught by an earlier one, in the order in which they run.
         students: In the order in which they run.
         config: The whole, for the parent run.
@@ -57,6 +57,7 @@ class Pipeline:
     students: Sequence[Recipe]
     config: Mapping[str, Any]
     work_dir: Path
+    members: Sequence[Recipe] = ()
     assistants: Sequence[Recipe] = ()
     to_store: Sequence[Recipe] = ()
     make_logger: MakeLogger | None = None
@@ -66,14 +67,16 @@ class Pipeline:
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        needing = [recipe.name for recipe in (*self.assistants, *self.students) if recipe.needs_teacher]
-        if needing and self.teacher is None:
-            raise ValueError(
-                f"{needing[0]} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its weights>"
-            )
-        known = ["teacher"]
+        known = [recipe.label for recipe in (self.teacher, *self.members) if recipe is not None]
         for recipe in (*self.assistants, *self.students):
-            if recipe.needs_teacher and recipe.taught_by not in known:
+            if not recipe.needs_teacher:
+                continue
+            if recipe.taught_by == "teacher" and self.teacher is None:
+                raise ValueError(
+                    f"{recipe.name} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its "
+                    "weights>"
+                )
+            if recipe.taught_by not in known:
                 raise ValueError(f"{recipe.name} is taught by {recipe.taught_by!r}, expected one of {known}")
             if recipe.role == "assistant":
                 known.append(recipe.label)
@@ -116,22 +119,24 @@ class Pipeline:
         """Make everything once and run it dry, so that no stage fails after those before it were trained."""
         recipes = {recipe.label: recipe for recipe in self._recipes()}
         for recipe in recipes.values():
-            taught_by = recipes.get(recipe.taught_by)
+            networks = [recipes[name].network() for name in (recipe.taught_by, *recipe.members) if name in recipes]
             data = recipe.training_data()
             data.prepare_data()
             data.setup("fit")
-            teacher = Teacher(taught_by.network()) if taught_by is not None and recipe.needs_teacher else None
+            teacher = recipe.source(*networks) if recipe.is_taught else None
             if recipe.stored_outputs is not None:
                 check_parts(Stored(), DistillationObjective(recipe.losses()))
             module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
             batches = loader_batches(data.train_dataloader())
             dry_run(batches, module.student, module.teacher, module.objective, module.task)
+            if teacher is not None:
+                teacher.start(module.student)
             for callback in recipe.callbacks():
                 if isinstance(callback, HyperparameterSchedule | TemperatureSchedule):
                     callback.check(module)
 
     def _recipes(self) -> list[Recipe]:
-        return [*([self.teacher] if self.teacher is not None else []), *self.assistants, *self.students]
+        return [recipe for recipe in (self.teacher, *self.members, *self.assistants, *self.students) if recipe]
 
     def _run_stages(self, tracking: Tracking) -> list[Finished]:
         recipes = self._recipes()
@@ -154,9 +159,10 @@ class Pipeline:
         self, recipe: Recipe, finished: Mapping[str, Finished], tracking: Tracking, progress: StageProgress
     ) -> Finished:
         tags = {"kd.role": recipe.role, "kd.method": recipe.method, "kd.seed": recipe.seed}
+        recipe = with_members(recipe, finished)
         stage = run_stage(
             recipe,
-            finished.get(recipe.taught_by),
+            finished.get(recipe.taught_by or ""),
             self.work_dir,
             lambda run_id: tracking.logger(recipe.name, tags, recipe.config, run_id),
             [progress],
@@ -189,6 +195,8 @@ class Pipeline:
         return stage
 
     def _compare(self, finished: list[Finished], tracking: Tracking, path: Path) -> Verdict:
+        members = [recipe.label for recipe in self.members]
+        finished = [stage for stage in finished if stage.result.label not in members]
         data = finished[0].recipe.data(role="distilled", seed=0)
         data.prepare_data()
         data.setup("validate")

@@ -11,6 +11,7 @@ from torch import nn
 from kd_lightning.data import WithIds
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.pipeline.results import Role
+from kd_lightning.teachers import Teacher, TeacherSource
 
 
 def put_around(data: LightningDataModule, wrap: Callable[[Any], Any]) -> None:
@@ -38,8 +39,9 @@ class Recipe:
         callbacks: Makes further callbacks.
         checkpoint: Finished weights: nothing is trained, the network is only tested.
         check_teacher: Refuse a teacher at chance.
-        taught_by: Label of the model that teaches this one.
-        accelerate: How a live teacher runs; see :class:`~kd_lightning.Teacher`.
+        taught_by: Label of the model that teaches this one; None where its source needs no other model.
+        members: Labels of further models that teach it: of an ensemble.
+        source: Makes the teacher's source, given the networks of ``taught_by`` and ``members``.
         stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
             None for a live teacher.
     """
@@ -58,8 +60,9 @@ class Recipe:
     callbacks: Callable[[], list[Callback]] = list
     checkpoint: Path | None = None
     check_teacher: bool = True
-    taught_by: str = "teacher"
-    accelerate: str | Sequence[str] = ()
+    taught_by: str | None = "teacher"
+    members: Sequence[str] = ()
+    source: Callable[..., TeacherSource] = Teacher
     stored_outputs: Mapping[str, Any] | None = None
 
     @property
@@ -77,5 +80,10 @@ class Recipe:
         return data
 
     @property
-    def needs_teacher(self) -> bool:
+    def is_taught(self) -> bool:
         return self.role not in ("teacher", "student")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether another model has to be finished before."""
+        return self.is_taught and self.taught_by is not None

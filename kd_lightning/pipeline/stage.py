@@ -86,7 +86,7 @@ def test(
     recipe: Recipe,
     network: nn.Module,
     data: LightningDataModule,
-    teacher: Finished | None,
+    teacher: TeacherSource | None,
     seconds: float,
     temperatures: Mapping[str, float],
 ) -> Result:
@@ -100,7 +100,7 @@ def test(
     temperature = next(iter(temperatures.values()), None)
     entropy = None
     if teacher is not None and temperature is not None:
-        entropy = _teacher_entropy(teacher.network().to(device), data.train_dataloader(), temperature, device)
+        entropy = _teacher_entropy(teacher, data.train_dataloader(), temperature, device)
     network.cpu()
     return Result(
         role=recipe.role,
@@ -147,7 +147,8 @@ def run_stage(
     if is_rank_zero():
         folder.remember(logger.run_id if logger is not None else None)
     seed_everything(recipe.seed, verbose=False)
-    network, seconds, temperatures, trainer = recipe.network(), 0.0, dict[str, float](), None
+    network, seconds, temperatures = recipe.network(), 0.0, dict[str, float]()
+    source, trainer = None, None
     if recipe.checkpoint is not None:
         load_weights(network, recipe.checkpoint)
         data.prepare_data()
@@ -155,7 +156,7 @@ def run_stage(
         source = teacher_for(recipe, data, teacher if recipe.needs_teacher else None, stages)
         seconds, temperatures, trainer = train(recipe, network, data, source, folder, logger, callbacks)
     if is_rank_zero():
-        folder.finish(network, test(recipe, network, data, teacher, seconds, temperatures))
+        folder.finish(network, test(recipe, network, data, source, seconds, temperatures))
     if trainer is not None:
         trainer.strategy.barrier("the stage's files are written")
     result = folder.read()
@@ -165,10 +166,11 @@ def run_stage(
 
 def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> nn.Module:
     network, objective = recipe.network(), DistillationObjective(recipe.losses())
-    if teacher is not None and objective.changes_student:
+    if recipe.is_taught and objective.changes_student:
         data.prepare_data()
         batches = loader_batches(data.train_dataloader())
-        dry_run(batches, network, Teacher(teacher.network()), objective, Classification())
+        source = Teacher(teacher.network()) if teacher is not None else recipe.source()
+        dry_run(batches, network, source, objective, Classification())
     return network
 
 
@@ -190,17 +192,22 @@ def _predict(network: nn.Module, loader: Any, device: torch.device) -> tuple[Ten
     return torch.cat(predictions), torch.cat(targets)
 
 
-@torch.inference_mode()
-def _teacher_entropy(network: nn.Module, loader: Any, temperature: float, device: torch.device) -> float:
+@torch.no_grad()
+def _teacher_entropy(teacher: TeacherSource, loader: Any, temperature: float, device: torch.device) -> float | None:
+    teacher.to(device)
     entropies: list[Tensor] = []
     count = 0
     for batch in _batches(loader, device):
-        logits = run(network, batch.args, batch.kwargs).logits
-        entropies.append(relative_entropy(logits, temperature) * len(logits))
-        count += len(logits)
+        if not teacher.can_teach(batch):
+            continue
+        outputs = teacher(batch).softened(temperature)
+        if outputs.top_k is not None:
+            return None
+        entropies.append(relative_entropy(outputs.logits, temperature) * len(outputs.logits))
+        count += len(outputs.logits)
         if count >= _ENTROPY_SAMPLES:
             break
-    return float(torch.stack(entropies).sum()) / count
+    return float(torch.stack(entropies).sum()) / count if count else None
 
 
 def _batches(loader: Any, device: torch.device) -> Iterator[Batch]:

@@ -1,7 +1,9 @@
-"""How the teacher of a stage gives its outputs: live, or stored before the training."""
+"""How the teacher of a stage gives its outputs: through its source, or stored before the training."""
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from kd_lightning.pipeline.recipe import Recipe, put_around
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.preflight import check_parts
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
-from kd_lightning.teachers import Teacher, TeacherSource
+from kd_lightning.teachers import TeacherSource
 from kd_lightning.teachers.stored import Stored
 
 
@@ -20,10 +22,12 @@ def teacher_for(
     recipe: Recipe, data: LightningDataModule, teacher: Finished | None, stages: Path
 ) -> TeacherSource | None:
     """Return the source of a stage's teacher; stored outputs are put around the training set of its data."""
-    if teacher is None:
+    if not recipe.is_taught:
         return None
+    if teacher is None:
+        return recipe.source()
     if recipe.stored_outputs is None:
-        return Teacher(teacher.network(), accelerate=recipe.accelerate)
+        return recipe.source(teacher.network())
     path = _path(recipe, data, teacher, stages)
     # Beneath what is around already: it looks at the data set itself.
     inner = partial(StoredOutputs, path=path, teacher=teacher.network())
@@ -32,6 +36,18 @@ def teacher_for(
     for wrap in (inner, *around):
         put_around(data, wrap)
     return Stored()
+
+
+def with_members(recipe: Recipe, finished: Mapping[str, Finished]) -> Recipe:
+    """Let the source of a recipe have the networks of its further teachers, and its config say which these are."""
+    if not recipe.members:
+        return recipe
+    members, source = [finished[label] for label in recipe.members], recipe.source
+    return replace(
+        recipe,
+        config={**recipe.config, "members": [member.folder.fingerprint for member in members]},
+        source=lambda network: source(network, *(member.network() for member in members)),
+    )
 
 
 def store(recipe: Recipe, teacher: Finished, stages: Path) -> None:

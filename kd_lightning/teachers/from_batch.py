@@ -37,7 +37,7 @@ class FromBatch(TeacherSource):
         outputs = batch.teacher
         if outputs is None:
             raise ValueError(
-                "the batch brings no outputs of a teacher, expected (input, target, logits), a mapping with "
+                "FromBatch: the batch brings no outputs of a teacher, expected (input, target, logits), a mapping with "
                 "'teacher_logits' or 'teacher_indices' and 'teacher_log_probs', or Taught(batch, outputs): add them in "
                 "the data set, or pass a teacher that runs"
             )
