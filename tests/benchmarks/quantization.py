@@ -1,9 +1,9 @@
-"""Quantisation: python tests/benchmarks/quantization.py [runtimes|step|bits] [seeds].
+"""Quantisation: python tests/benchmarks/quantization.py [runtimes|step|bits|few] [seeds].
 
 `runtimes`: exported int8 / exported fp32, latency and file, and what the runtime computes in integers. `step`: a step
 of quantisation-aware training / the same step of distillation. `bits`: test accuracy of a distilled student whose
 weights have 8, 4, 3 and 2 bits, activations 8: after training, trained for it on the labels, and trained for it with
-distillation, beside the float student with the same further steps.
+distillation, beside the float student with the same further steps; `few`: the same with 300 labelled images.
 """
 
 import copy
@@ -14,11 +14,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor, nn
 
 from kd_lightning import DistillationModule
@@ -32,7 +34,6 @@ from kd_lightning.stored_outputs import StoredOutputs, store_outputs
 from kd_lightning.teachers.stored import Stored
 
 ROUNDS = 9
-STEPS = 94 * 15  # 15 epochs
 
 
 def resnet20() -> nn.Module:
@@ -91,11 +92,24 @@ def step() -> None:
         print(f"QAT step / distillation step, {name}, batch 64: {spread(ratios)}", flush=True)
 
 
-def data(role: str, seed: int) -> LightningDataModule:
-    return FashionMNIST(teacher_images=12000, labelled=12000, share_images=True, batch_size=128, role=role, seed=seed)
+@dataclass(frozen=True)
+class Setting:
+    """Images, and optimizer steps: of the teacher, of the student, and further ones."""
+
+    data: dict[str, Any]
+    steps: tuple[int, int, int]
+
+
+MANY = Setting({"teacher_images": 12000, "labelled": 12000, "share_images": True, "batch_size": 128}, (1410, 1410, 376))
+FEW = Setting({"teacher_images": 6000, "labelled": 300}, (1410, 665, 200))
+
+
+def data(setting: Setting, role: str, seed: int) -> FashionMNIST:
+    return FashionMNIST(**setting.data, role=role, seed=seed)
 
 
 def fit(
+    setting: Setting,
     network: nn.Module,
     stored: Callable[[object], object] | None,
     losses: dict[str, DistillationLoss],
@@ -116,8 +130,8 @@ def fit(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=list(callbacks),
     )  # fmt: skip
-    module_data = data("teacher" if stored is None else "distilled", seed)
-    module_data.around = [] if stored is None else [stored]  # type: ignore[attr-defined]
+    module_data = data(setting, "teacher" if stored is None else "distilled", seed)
+    module_data.around = [] if stored is None else [stored]
     trainer.fit(module, module_data)
 
 
@@ -128,22 +142,22 @@ def accuracy(network: nn.Module, loader: object) -> float:
     return 100 * float(torch.cat(hits).mean())
 
 
-def bits(seeds: int) -> None:
+def bits(seeds: int, setting: Setting) -> None:
     """Train one teacher and, for each seed, a distilled student; from it all that is compared, with the same steps."""
-    test = data("distilled", 0)
+    test = data(setting, "distilled", 0)
     test.prepare_data()
     test.setup("test")
     teacher = CNN64()
-    fit(teacher, None, {"hard_label": HardLabel()}, STEPS, 1e-2, 0)
+    fit(setting, teacher, None, {"hard_label": HardLabel()}, setting.steps[0], 1e-2, 0)
     print(f"teacher {accuracy(teacher, test.test_dataloader()):.1f}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         test.setup("fit")
-        store_outputs(teacher, test.training_set(), folder)  # type: ignore[attr-defined]
-        compare(seeds, partial(StoredOutputs, path=folder, teacher=teacher), test.test_dataloader())
+        store_outputs(teacher, test.training_set(), folder)
+        compare(seeds, setting, partial(StoredOutputs, path=folder, teacher=teacher), test.test_dataloader())
 
 
-def compare(seeds: int, stored: Callable[[object], object], test: object) -> None:
-    steps, further, lr = STEPS, 94 * 4, 1e-3
+def compare(seeds: int, setting: Setting, stored: Callable[[object], object], test: object) -> None:
+    (_, steps, further), lr = setting.steps, 1e-3
     hard: dict[str, DistillationLoss] = {"hard_label": HardLabel()}
     soft: dict[str, DistillationLoss] = {"hard_label": HardLabel(weight=0.1), "kd": KD(temperature=4.0, weight=0.9)}
     rows: dict[str, list[float]] = {}
@@ -154,17 +168,17 @@ def compare(seeds: int, stored: Callable[[object], object], test: object) -> Non
     for seed in range(seeds):
         torch.manual_seed(seed)
         student = CNN8()
-        fit(student, stored, copy.deepcopy(soft), steps, 1e-2, seed)
+        fit(setting, student, stored, copy.deepcopy(soft), steps, 1e-2, seed)
         note("float", student)
         for label, losses in (("labels", hard), ("distillation", soft)):
             control = copy.deepcopy(student)
-            fit(control, stored, copy.deepcopy(losses), further, lr, seed)
+            fit(setting, control, stored, copy.deepcopy(losses), further, lr, seed)
             note(f"float, same further steps, {label}", control)
         for width in (8, 4, 3, 2):
             for observer in ("min_max", "mse"):
                 spec = QuantizationSpec(weight_bits=width, observer=observer)  # type: ignore[arg-type]
                 quantized = prepare(copy.deepcopy(student), spec)
-                loader = data("distilled", seed)
+                loader = data(setting, "distilled", seed)
                 loader.prepare_data()
                 loader.setup("fit")
                 calibrate(quantized, loader.train_dataloader(), batches=8)
@@ -172,7 +186,7 @@ def compare(seeds: int, stored: Callable[[object], object], test: object) -> Non
             for label, losses in (("labels", hard), ("distillation", soft)):
                 trained = copy.deepcopy(student)
                 qat = QuantizationAwareTraining(QuantizationSpec(weight_bits=width))
-                fit(trained, stored, copy.deepcopy(losses), further, lr, seed, (qat,))
+                fit(setting, trained, stored, copy.deepcopy(losses), further, lr, seed, (qat,))
                 note(f"{width} bits, trained for it, {label}", trained)
         print(f"seed {seed}: " + ", ".join(f"{name} {values[-1]:.1f}" for name, values in rows.items()), flush=True)
     print("\n| student, CNN8 | test accuracy | seeds |\n|---|---|---|")
@@ -236,11 +250,13 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    parts = [part for part in sys.argv[1:] if not part.isdigit()] or ["runtimes", "step", "bits"]
+    parts = [part for part in sys.argv[1:] if not part.isdigit()] or ["runtimes", "step", "bits", "few"]
     seeds = next((int(part) for part in sys.argv[1:] if part.isdigit()), 3)
     if "runtimes" in parts:
         runtimes()
     if "step" in parts:
         step()
     if "bits" in parts:
-        bits(seeds)
+        bits(seeds, MANY)
+    if "few" in parts:
+        bits(seeds, FEW)
