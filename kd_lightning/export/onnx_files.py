@@ -1,12 +1,14 @@
 """ONNX files, in each precision."""
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from kd_lightning.export.onnx_graph import clear, layers_of, quietly, to_onnx
@@ -44,24 +46,31 @@ def onnx_content(
     if precision == "int4":
         content = _four_bit_products(content)
     present = {name for node in content.graph.node for name in node.output}
-    check_quantized(network, content, precision)
+    _check_quantized(network, content, precision)
     return content.SerializeToString(), {layer: value for layer, value in layers.items() if value in present}
 
 
-def check_quantized(network: nn.Module, model: Any, precision: str) -> None:
-    """Raise ValueError where a quantiser has left everything as it was."""
+def _check_quantized(network: nn.Module, model: Any, precision: str) -> None:
+    """Raise ValueError where a quantiser has left everything as it was, warn where it has left the most of it."""
     from onnx import TensorProto
 
-    kinds = {"int8": (TensorProto.INT8,), "int4": (TensorProto.INT4,), "int8_dynamic": (TensorProto.INT8,)}
-    weights = [x for x in model.graph.initializer if x.data_type in kinds.get(precision, ()) and len(x.dims) > 1]
+    kinds = {"int8": TensorProto.INT8, "int4": TensorProto.INT4, "int8_dynamic": TensorProto.INT8}
+    if precision not in kinds:
+        return
+    weights = [x for x in model.graph.initializer if len(x.dims) > 1]
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    if precision in kinds and not weights and not products:
+    remedy = "prepare and calibrate it, and take int8" if precision == "int8_dynamic" else "take float16"
+    if not products and not any(x.data_type == kinds[precision] for x in weights):
         found = sorted({node.op_type for node in model.graph.node})
-        where = "matrix products" if precision == "int8_dynamic" else "convolutions or matrix products"
+        layers = "matrix products" if precision == "int8_dynamic" else "convolutions or matrix products"
         raise ValueError(
-            f"{type(network).__name__} has no weight that {precision} changes: expected {where} with constant weights, "
-            f"got the operators {', '.join(found)}; export it in float16"
+            f"{type(network).__name__} has no weight that {precision} changes: expected {layers} with constant "
+            f"weights, got the operators {', '.join(found)}; {remedy}"
         )
+    left = sum(math.prod(x.dims) for x in weights if x.data_type == TensorProto.FLOAT)
+    total = sum(x.numel() for x in network.parameters() if x.ndim > 1)
+    if left > total / 2:
+        rank_zero_warn(f"{precision} leaves {left / total:.0%} of the weights in float32: {remedy}")
 
 
 def _proto(model: Any) -> Any:

@@ -1,6 +1,8 @@
 """From a network to the graph of an ONNX file."""
 
+import ast
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from kd_lightning.tasks.batch import Batch
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_QUANTIZER = re.compile(r"\.(input|weight|output)_quantizer$")
 OPSET = 21
 """The first with 4-bit integers; ONNX Runtime 1.18 reads it."""
 
@@ -50,15 +53,19 @@ def to_onnx(
 
 
 def layers_of(model: "ir.Model") -> dict[str, str]:
-    """Return the name of each layer's output in the graph, in the order of execution; before :func:`clear`."""
+    """Return the name of each layer's output in the graph, in the order of execution; before :func:`clear`.
+
+    Of layers alone: a module with others inside may end with a node of one of these.
+    """
     found: dict[str, str] = {}
     for node in model.graph:
-        scopes = node.meta.get("pkg.torch.onnx.name_scopes") or _listed(node.metadata_props)
-        inner = [scope.removeprefix("network.") for scope in scopes[:-1] if scope.startswith("network.")]
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        inner = [scope.removeprefix("network.") for scope in scopes if scope.startswith("network.")]
         if inner and node.outputs[0].name:
-            found.pop(inner[-1], None)
-            found[inner[-1]] = node.outputs[0].name
-    return found
+            layer = _QUANTIZER.sub("", inner[-1])
+            found.pop(layer, None)
+            found[layer] = node.outputs[0].name
+    return {name: x for name, x in found.items() if not any(other.startswith(f"{name}.") for other in found)}
 
 
 def clear(model: "ir.Model") -> None:
@@ -91,13 +98,6 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         found.insert(0, error)
         error = error.__cause__ or error.__context__
     return found
-
-
-def _listed(properties: "dict[str, str]") -> list[str]:
-    import ast
-
-    value = properties.get("pkg.torch.onnx.name_scopes", "[]")
-    return list(ast.literal_eval(value))
 
 
 @contextmanager
