@@ -2,12 +2,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kd_lightning import Outputs
-from kd_lightning.losses import DKD, dkd, kd, standardize_logits
+from kd_lightning.losses import DKD, dkd, kd
 from tests.losses.reference import numerical_gradient, softmax, wave
 
 STUDENT, TEACHER, LABELS = wave((8, 10), 0.7, 0.1), wave((8, 10), 1.3, 0.5), torch.arange(8)
@@ -42,13 +40,6 @@ def test_value_and_gradient_equal_the_formula(options: tuple[float, float, float
     expected = numerical_gradient(lambda s: by_loops(s, TEACHER[:3], LABELS[:3], *options), STUDENT[:3])
     # Central differences are right to some 1e-9.
     torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-7)
-
-
-def test_gradient_is_right_and_none_is_the_teachers() -> None:
-    assert torch.autograd.gradcheck(lambda s: dkd(s, TEACHER, LABELS), STUDENT.clone().requires_grad_())
-    teacher = TEACHER.clone().requires_grad_()
-    dkd(STUDENT.clone().requires_grad_(), teacher, LABELS).backward()
-    assert teacher.grad is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -89,53 +80,6 @@ def test_a_class_of_probability_one_stays_finite_in_float32() -> None:
     assert student.grad.isfinite().all()
 
 
-def test_samples_without_label_add_nothing() -> None:
-    some = torch.tensor([0, -100, 2, -100, -100, 5, 6, -100])
-    kept = some != -100
-    student = STUDENT.clone().requires_grad_()
-    loss = dkd(student, TEACHER, some)
-    loss.backward()
-    torch.testing.assert_close(loss, dkd(STUDENT[kept], TEACHER[kept], some[kept]))
-    assert not student.grad[~kept].any()
-
-
-@pytest.mark.parametrize("target", [torch.full((8,), -100), None])
-def test_a_batch_without_labels_gives_zero_with_a_gradient_of_zero(target: Tensor | None) -> None:
-    student = STUDENT.clone().requires_grad_()
-    loss = DKD()(Outputs(student), Outputs(TEACHER), target)
-    loss.backward()
-    assert loss.item() == 0
-    assert student.grad.tolist() == torch.zeros_like(STUDENT).tolist()
-
-
-def test_one_sample_counts_as_itself() -> None:
-    each = [dkd(STUDENT[i : i + 1], TEACHER[i : i + 1], LABELS[i : i + 1]).item() for i in range(8)]
-    assert dkd(STUDENT, TEACHER, LABELS).item() == pytest.approx(sum(each) / 8, rel=1e-12)
-
-
-def test_tokens_and_pixels_count_as_samples() -> None:
-    expected = dkd(STUDENT, TEACHER, LABELS)
-    tokens = dkd(STUDENT.reshape(2, 4, 10), TEACHER.reshape(2, 4, 10), LABELS.reshape(2, 4))
-    pixels = [x.reshape(2, 2, 2, 10).movedim(-1, 1) for x in (STUDENT, TEACHER)]
-    torch.testing.assert_close(tokens, expected)
-    torch.testing.assert_close(dkd(*pixels, LABELS.reshape(2, 2, 2)), expected)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
-    samples=st.permutations(range(8)),
-    classes=st.permutations(range(10)),
-)
-def test_shifts_and_the_order_of_samples_and_classes_change_nothing(
-    shift: list[float], samples: list[int], classes: list[int]
-) -> None:
-    moved = torch.tensor(shift, dtype=torch.float64)[:, None]
-    renamed = torch.tensor([classes.index(y) for y in LABELS.tolist()])[samples]
-    other = dkd((STUDENT + moved)[samples][:, classes], (TEACHER - moved)[samples][:, classes], renamed)
-    assert other.item() == pytest.approx(dkd(STUDENT, TEACHER, LABELS).item(), rel=1e-9)
-
-
 def test_the_module_is_the_function_at_its_present_settings() -> None:
     loss = DKD(alpha=0.5, beta=2.0, temperature=3.0)
     assert loss.needs_labels
@@ -146,11 +90,6 @@ def test_the_module_is_the_function_at_its_present_settings() -> None:
     assert loss(Outputs(STUDENT), Outputs(TEACHER), LABELS).item() == pytest.approx(
         by_loops(STUDENT, TEACHER, LABELS, 2.0, 1.0, 1.5), rel=1e-12
     )
-
-
-def test_standardised_logits_are_compared_where_asked_for() -> None:
-    value = DKD(standardize=True)(Outputs(STUDENT), Outputs(TEACHER), LABELS)
-    torch.testing.assert_close(value, dkd(standardize_logits(STUDENT), standardize_logits(TEACHER), LABELS))
 
 
 @pytest.mark.parametrize(
@@ -165,21 +104,3 @@ def test_standardised_logits_are_compared_where_asked_for() -> None:
 def test_coefficients_that_turn_a_term_round_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DKD(**options)
-
-
-def test_inputs_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"student logits \(8, 10\) and teacher logits \(8, 9\) differ"):
-        dkd(STUDENT, TEACHER[:, :9], LABELS)
-    with pytest.raises(ValueError, match="expected temperature > 0, got -1"):
-        dkd(STUDENT, TEACHER, LABELS, temperature=-1)
-    with pytest.raises(ValueError, match="got probabilities"):
-        dkd(STUDENT, TEACHER, torch.softmax(TEACHER, -1))
-    with pytest.raises(ValueError, match=r"expected one label for each of the logits \(8, 10\), got a target \(7,\)"):
-        dkd(STUDENT, TEACHER, LABELS[:7])
-    with pytest.raises(ValueError, match="expected at least 2 classes, got 1"):
-        dkd(STUDENT[:, :1], TEACHER[:, :1], LABELS * 0)
-
-
-def test_a_learnt_temperature_gets_its_gradient() -> None:
-    temperature = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: dkd(STUDENT, TEACHER, LABELS, temperature=t), temperature)
