@@ -62,19 +62,24 @@ def quietly(*args: object, **options: object) -> None:
         store_outputs(*args, **options)
 
 
-def seconds(function: Callable[[], object], calls: int) -> float:
+def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
+    function()
+    return time.perf_counter() - start
 
 
 def alternate(
     one: Callable[[], object], other: Callable[[], object], rounds: int, calls: int
 ) -> tuple[str, float, float]:
-    """Return the ratio with its range, and both medians in seconds."""
-    seconds(one, calls), seconds(other, calls)
-    pairs = [(seconds(one, calls), seconds(other, calls)) for _ in range(rounds)]
+    """Return the ratio with its range, and both medians in seconds.
+
+    A round is so many calls of each, in turn, and their medians: what else the machine does falls on few of them.
+    """
+    seconds(one), seconds(other)
+    pairs = []
+    for _ in range(rounds):
+        times = [(seconds(one), seconds(other)) for _ in range(calls)]
+        pairs.append(tuple(statistics.median(column) for column in zip(*times, strict=True)))
     ratios = [a / b for a, b in pairs]
     text = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     return text, statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
@@ -116,7 +121,7 @@ def read(folder: Path) -> None:
                         memmap[batch]
 
                 for title, ours in (("rows", from_rows), ("keys", from_keys)):
-                    ratio, a, b = alternate(ours, theirs, rounds=11, calls=10)
+                    ratio, a, b = alternate(ours, theirs, rounds=11, calls=15)
                     times = f"{a / 64 * 1e6:5.1f} / {b / 64 * 1e6:4.1f} µs"
                     what = f"{BATCH} × {classes:<5} {name:8} {title} / {dtype.__name__} memmap"
                     print(f"  {what}  {ratio}  {times}", flush=True)
@@ -132,6 +137,7 @@ def formats(_: Path) -> None:
         ("spread 2, label +8", 2 * noise + 8 * label),
         ("spread 2, no label", 2 * noise),
         ("spread 3, no label", 3 * noise),
+        ("spread 5, no label", 5 * noise),
     ):
         for name in (*FORMATS, "top100"):
             code = find_format(name)
@@ -201,9 +207,9 @@ def growth(folder: Path) -> None:
     quietly(nn.Identity(), thousand, folder / "thousand", batch_size=1000)
     slow = 20_000 / (time.perf_counter() - start)
     for c, r in ((classes, rate), (1000, slow)):
-        hours = 1e10 / r / 3600
+        hours, size = 1e10 / r / 3600, 1e10 * find_format("uint8").width(c)
         print(
-            f"  10⁹ samples × 10 views at {c} classes: {1e10 * (c + 8) / 1e12:.2f} TB, {r:,.0f} views a second and "
+            f"  10⁹ samples × 10 views at {c} classes: {size / 1e12:.2f} TB, {r:,.0f} views a second and "
             f"core: {hours:,.0f} core hours beside the teacher's own, so {hours / 24:.0f} writing ranks for a day",
             flush=True,
         )

@@ -117,11 +117,14 @@ def test_float16_says_when_logits_are_too_large() -> None:
         find_format("float16").encode(torch.tensor([[7e4, 0.0]]))
 
 
-def test_the_bytes_are_those_of_the_documented_layout() -> None:
-    x = logits(4, 9)
+@pytest.mark.parametrize("classes", [8, 9])
+def test_the_bytes_are_those_of_the_documented_layout(classes: int) -> None:
+    x = logits(4, classes)
     rows = find_format("uint8").encode(x)
-    highest, scale = (np.frombuffer(rows[:, 9 + 4 * i : 13 + 4 * i].tobytes(), "<f4")[:, None] for i in (0, 1))
-    codes = rows[:, :9].astype(int)
-    assert np.allclose(highest - scale * codes**2, x, atol=255.5 * scale.max())
+    numbers = {8: 8, 9: 12}[classes]
+    highest, scale = (rows[:, numbers + i :][:, :4].copy().view("<f4").astype(float) for i in (0, 4))
+    codes = rows[:, :classes].astype(int)
+    assert rows.shape[1] == numbers + 8
+    assert np.allclose(highest - (scale * codes) ** 2, x, atol=255.5 * scale.max() ** 2)
     assert (codes.min(-1) == 0).all()
     assert (codes.max(-1) == 255).all()
