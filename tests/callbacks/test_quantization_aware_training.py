@@ -380,7 +380,9 @@ def make(door: str) -> tuple[LightningModule, list[Callback]]:
     """A module whose training depends on the generators, and its callbacks."""
     seed_everything(0, verbose=False)
     callback = qat(start=0.5, freeze_observers=0.75, freeze_batch_norm=0.75, learning_rate_factor=0.5)
-    if door == "module":
+    if door.startswith("module"):
+        if door == "module, learned scales":
+            callback.spec = QuantizationSpec(weight_bits=4, observer="mse", learned_scales=True)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         return distillation(network(dropout=0.3), scheduler=cosine, losses={"kd": KD(), "hint": Hint("stem")}), [
             callback
@@ -401,7 +403,7 @@ def everything(module: LightningModule, it: Any) -> dict[str, Any]:
     return {**weights(module), **moments, "lr": torch.tensor(states["param_groups"][0]["lr"])}
 
 
-@pytest.mark.parametrize("door", ["module", "qat first", "distillation first", "alone"])
+@pytest.mark.parametrize("door", ["module", "module, learned scales", "qat first", "distillation first", "alone"])
 def test_a_resumed_training_is_the_uninterrupted_one_bit_by_bit(door: str, tmp_path: Path) -> None:
     """Epochs: one in float, one before the switch, the switch; then observers and batch norm are frozen."""
     options = {"max_epochs": 4, "data": loader(shuffle=door != "alone")}
