@@ -25,13 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from kd_lightning.pipeline import Pipeline, Recipe
+from kd_lightning.pipeline.quantizing import QuantizedStage
 from kd_lightning.pipeline.results import Role
 from kd_lightning.pipeline.sources import taught_through, through_stored_outputs
 from kd_lightning.teachers import Stored, Teacher
 from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
-_STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "verdict")
+_STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "quantized", "verdict")
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException, InstantiationException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
@@ -113,6 +114,9 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         assistants=assistants,
         to_store=[recipe for recipe in recipes if recipe.stored_outputs is not None],
         students=[recipe for recipe in recipes if recipe.role in config.stages],
+        quantized=QuantizedStage(**instantiate(resolved["quantized"], _convert_="all"))
+        if "quantized" in config.stages
+        else None,
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
         console=Console(width=None if sys.stdout.isatty() else 100),
@@ -296,6 +300,8 @@ def _say_where(console: Console, tracking_uri: str | None) -> None:
 def _quiet() -> None:
     """Leave the terminal to the progress display and the comparison."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("onnx_ir", "onnxruntime", "onnxscript"):  # onnxruntime.quantization makes the root logger print INFO
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # "experiment not found: creating it"
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported, which is later

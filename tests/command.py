@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-TINY = ["teacher.trainer.max_steps=60", "trainer.max_steps=12", "trainer.log_every_n_steps=2", "seeds=[0]"]
-"""Little training, but for a teacher well above chance."""
+IN_FLOAT = "stages=[teacher,assistants,student,control,distilled,verdict]"
+TINY = ["teacher.trainer.max_steps=60", "trainer.max_steps=12", "trainer.log_every_n_steps=2", "seeds=[0]", IN_FLOAT]
+"""Little training, but for a teacher well above chance; nothing is quantised."""
 
 
 def environment(**more: str) -> dict[str, str]:

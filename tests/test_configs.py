@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from kd_lightning.cli import conf_dir
-from tests.command import kd_lightning
+from tests.command import IN_FLOAT, kd_lightning
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
@@ -73,7 +73,7 @@ def test_a_loss_nests_under_its_own_name_and_folders_mirror_the_package() -> Non
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("fashion_mnist/")])
 def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
     arguments = [f"experiment={name}", "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]
-    printed = kd_lightning(*arguments, "teacher.trainer.max_steps=2", cwd=tmp_path)
+    printed = kd_lightning(*arguments, "teacher.trainer.max_steps=2", IN_FLOAT, cwd=tmp_path)
     assert "test acc. %" in printed
 
 

@@ -12,14 +12,18 @@ from rich.console import Console
 from torch import Tensor
 
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
+from kd_lightning.export.formats import require
 from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.progress import StageProgress
+from kd_lightning.pipeline.quantizing import QuantizedStage, check_can_be_quantized
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Verdict
+from kd_lightning.pipeline.runtimes import measure_files
+from kd_lightning.pipeline.serving import float_file
 from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
@@ -34,7 +38,7 @@ from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """Trains the teacher and then each student, compares them, and says whether distillation is worth it.
+    """Trains the teacher and then each student, quantises them, and says whether distillation is worth it.
 
     Attributes:
         name: Of the parent run.
@@ -45,6 +49,8 @@ class Pipeline:
         config: The whole, for the parent run.
         work_dir: Where stages keep their checkpoints and results.
         to_store: Recipes for whose images the teacher's outputs are stored, once it is trained.
+        quantized: How they are quantised; None for nothing. With it, files are timed in ONNX Runtime in place of
+            networks in PyTorch.
         make_logger: None to log nothing.
         console: Where the comparison is printed.
         verdict: Whether to compare at the end.
@@ -60,6 +66,7 @@ class Pipeline:
     members: Sequence[Recipe] = ()
     assistants: Sequence[Recipe] = ()
     to_store: Sequence[Recipe] = ()
+    quantized: QuantizedStage | None = None
     make_logger: MakeLogger | None = None
     console: Console = field(default_factory=Console)
     verdict: bool = True
@@ -118,6 +125,9 @@ class Pipeline:
     def _check_recipes(self) -> None:
         """Make everything once and run it dry, so that no stage fails after those before it were trained."""
         recipes = {recipe.label: recipe for recipe in self._recipes()}
+        if self.quantized is not None:
+            require("the stage quantized", ("onnx", "onnxscript", "onnxruntime"), "onnx")
+            check_can_be_quantized(recipes.values(), self.quantized)
         for recipe in recipes.values():
             networks = [recipes[name].network() for name in (recipe.taught_by, *recipe.members) if name in recipes]
             data = recipe.training_data()
@@ -143,16 +153,23 @@ class Pipeline:
         finished: list[Finished] = []
         by_label: dict[str, Finished] = {}
         console = self.console if is_rank_zero() else Console(quiet=True)
-        with StageProgress(console, len(recipes)) as progress:
-            for recipe in recipes:
+        count = len(recipes) + (self.quantized.count(recipes) if self.quantized is not None else 0)
+        with StageProgress(console, count) as progress:
+
+            def run(recipe: Recipe) -> Finished:
                 progress.begin(recipe.name)
                 stage = self._run_one(recipe, by_label, tracking, progress)
                 progress.end(recipe.name, _summary(stage))
-                finished.append(stage)
-                by_label[recipe.label] = stage
+                return stage
+
+            for recipe in recipes:
+                finished.append(run(recipe))
+                by_label[recipe.label] = finished[-1]
                 for waiting in self.to_store:
                     if waiting.taught_by == recipe.label:
-                        store(waiting, stage, self.work_dir)
+                        store(waiting, finished[-1], self.work_dir)
+            if self.quantized is not None:
+                finished += self.quantized.run(finished, run)
         return finished
 
     def _run_one(
@@ -176,6 +193,8 @@ class Pipeline:
             stage.folder.remember(run_id)
         elif not stage.reused:
             tracking.artifact(run_id, stage.folder.weights)
+            if recipe.quantizing is not None:
+                tracking.artifact(run_id, stage.folder.file)
         result = stage.result
         values: dict[str, float | None] = {
             "final/acc": result.accuracy,
@@ -185,6 +204,14 @@ class Pipeline:
             "final/train_seconds": result.train_seconds,
             "final/teacher_entropy": result.teacher_entropy,
         }
+        if result.quantized is not None:
+            values |= {
+                "final/agreement_fp32": result.quantized.agreement_fp32,
+                "final/agreement_file": result.quantized.agreement_file,
+                "final/file_mb": result.quantized.file_mb,
+                "final/quantized_layers": result.quantized.layers,
+                "final/integer_operators": result.quantized.integer_operators,
+            }
         reference = stage if recipe.role == "teacher" else finished.get("teacher")
         if reference is not None:
             values["final/agreement"] = float((result.predictions == reference.result.predictions).mean())
@@ -201,8 +228,18 @@ class Pipeline:
         data.prepare_data()
         data.setup("validate")
         first_of_label = {stage.result.label: stage for stage in reversed(finished)}
-        networks = {label: stage.network() for label, stage in reversed(first_of_label.items())}
-        latency = measure(networks, _one_sample(data))
+        first_of_label = dict(reversed(first_of_label.items()))
+        openvino, files_mb = None, dict[str, float]()
+        if self.quantized is None:
+            latency = measure({label: stage.network() for label, stage in first_of_label.items()}, _one_sample(data))
+        else:
+            files = {
+                label: stage.folder.file if stage.result.quantized is not None else float_file(stage, data)
+                for label, stage in first_of_label.items()
+            }
+            files_mb = {label: file.stat().st_size / 1e6 for label, file in files.items()}
+            measured = measure_files(files, _one_sample(data))
+            latency, openvino = measured["onnxruntime"], measured.get("openvino")
         names = getattr(data, "class_names", None)
         verdict = make_verdict(
             [stage.result for stage in finished],
@@ -210,15 +247,18 @@ class Pipeline:
             recall_classes={index: names[index] if names else str(index) for index in self.recall_classes},
             reference=self.reference,
             extra_images=int(getattr(data, "counts", {}).get("unlabelled", 0)),
+            latency_openvino=openvino,
+            files_mb=files_mb,
         )
         write_verdict(verdict, path)
         for stage in finished:
-            tracking.metrics(stage.folder.run_id, _speed(latency[stage.result.label]))
+            values = _speed(latency[stage.result.label]) | {"final/file_mb": files_mb.get(stage.result.label)}
+            tracking.metrics(stage.folder.run_id, values)
         for label, model in verdict.models.items():
-            values = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
-            values |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}
+            of_model = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
+            of_model |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}
             tracking.metrics(
-                tracking.run_id, {f"final/{safe_name(label)}/{key}": value for key, value in values.items()}
+                tracking.run_id, {f"final/{safe_name(label)}/{key}": value for key, value in of_model.items()}
             )
         tracking.metrics(
             tracking.run_id,

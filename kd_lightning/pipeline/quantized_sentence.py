@@ -29,6 +29,7 @@ def quantized_sentence(
         if costs:
             parts.append(f"In {bits}, {'; '.join(costs)}")
         parts += _training(differences)
+        parts += _against_float(models, key)
         parts += _together(models, ptq, qat)
     for name, model in models.items():
         if model.quantized is not None:
@@ -73,6 +74,32 @@ def _training(differences: Mapping[str, Interval]) -> list[str]:
     return [text]
 
 
+def _against_float(models: Mapping[str, Model], key: str) -> list[str]:
+    """What the bits alone bring: on a small network, converting to integers and back may take longer than it saves."""
+    model = models[key]
+    assert model.quantized is not None
+    source = models.get(model.quantized.source)
+    pairs = (
+        [] if source is None else [(model.latency, source.latency), (model.latency_openvino, source.latency_openvino)]
+    )
+    found = [
+        f"{times(slow.p50_ms / fast.p50_ms, 'faster', 'slower')} at batch 1 and "
+        f"{times(fast.throughput_per_s / slow.throughput_per_s, 'faster', 'slower')} at batch 64 in {fast.runtime}"
+        for fast, slow in pairs
+        if fast is not None and slow is not None and fast.runtime == slow.runtime
+    ]
+    if source is not None and source.file_mb and model.file_mb:
+        found.insert(0, times(source.file_mb / model.file_mb, "smaller", "larger"))
+    return [f"Against its own file in fp32 it ({key}) is {', '.join(found)}"] if found else []
+
+
+def times(ratio: float, more: str, less: str) -> str:
+    """Say a ratio: ``1.5 times slower`` for 0.67."""
+    if 0.95 < ratio < 1.05:
+        return f"not {more}"
+    return f"{number(max(ratio, 1 / ratio), '.1f')} times {more if ratio >= 1 else less}"
+
+
 def _together(models: Mapping[str, Model], ptq: str | None, qat: str | None) -> list[str]:
     """Compare the sum of both with the teacher; validation says which of the two, and the simpler one wins a tie."""
     teacher = models.get("teacher")
@@ -82,10 +109,10 @@ def _together(models: Mapping[str, Model], ptq: str | None, qat: str | None) -> 
     key = max(candidates, key=lambda name: models[name].val_accuracy)
     model, gains = models[key], []
     if teacher.file_mb and model.file_mb:
-        gains.append(f"{number(teacher.file_mb / model.file_mb, '.1f')} times smaller")
+        gains.append(times(teacher.file_mb / model.file_mb, "smaller", "larger"))
     fast, slow = model.latency, teacher.latency
     if fast is not None and slow is not None and fast.runtime == slow.runtime:
-        gains.append(f"{number(slow.p50_ms / fast.p50_ms, '.1f')} times faster at batch 1 in {fast.runtime}")
+        gains.append(f"{times(slow.p50_ms / fast.p50_ms, 'faster', 'slower')} at batch 1 in {fast.runtime}")
     if not gains:
         return []
     right = f"{percent(model.accuracy)} % of the test images right against {percent(teacher.accuracy)} %"

@@ -105,6 +105,7 @@ class QuantizedStage:
             optimizer=partial(_scaled, source.recipe.optimizer, self.learning_rate),
             scheduler=CosineAnnealingLR,
             trainer=partial(source.recipe.trainer, max_steps=self.steps, max_epochs=-1),
+            members=(),  # the source has their networks
         )
 
     def _aware(self, source: Finished, continued: Finished) -> Recipe:

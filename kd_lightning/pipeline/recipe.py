@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import nn
@@ -11,7 +11,11 @@ from torch import nn
 from kd_lightning.data import WithIds
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.pipeline.results import Role
+from kd_lightning.quantization import QuantizationSpec
 from kd_lightning.teachers import Teacher, TeacherSource
+
+if TYPE_CHECKING:
+    from kd_lightning.pipeline.stage_folder import Finished
 
 
 def put_around(data: LightningDataModule, wrap: Callable[[Any], Any]) -> None:
@@ -20,12 +24,31 @@ def put_around(data: LightningDataModule, wrap: Callable[[Any], Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantizing:
+    """What a network is quantised to, and where it comes from.
+
+    Attributes:
+        source: The stage whose weights it has, or begins with.
+        in_float: The stage whose predictions it is compared with: the source, or the same further steps in float.
+        spec: Bits, ranges and layers.
+        training: Whether it is trained fake-quantised; its ranges alone are found without.
+        images: How many training images find the ranges.
+    """
+
+    source: "Finished"
+    in_float: "Finished"
+    spec: QuantizationSpec
+    training: bool
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Factories for one training, since each stage and seed starts from fresh objects.
 
     Attributes:
         role: ``teacher``, ``assistant`` (between teacher and student), ``student`` (alone), ``control`` (on the
-            teacher's hard labels) or ``distilled``.
+            teacher's hard labels), ``distilled``, ``continued`` (that one with further steps) or ``quantized``.
         label: The model's row in the verdict; runs of several seeds share it.
         method: What it is trained with, as a run's name has it, such as ``kd-T4``.
         seed: Of initialisation and data order.
@@ -44,6 +67,7 @@ class Recipe:
         source: Makes the teacher's source, given the networks of ``taught_by`` and ``members``.
         stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
             None for a live teacher.
+        quantizing: Of a quantised network; None for one in float.
     """
 
     role: Role
@@ -64,6 +88,7 @@ class Recipe:
     members: Sequence[str] = ()
     source: Callable[..., TeacherSource] = Teacher
     stored_outputs: Mapping[str, Any] | None = None
+    quantizing: Quantizing | None = None
 
     @property
     def name(self) -> str:
@@ -73,14 +98,17 @@ class Recipe:
 
     def training_data(self) -> LightningDataModule:
         """Make the data module; its batches say which samples they hold where a loss remembers samples."""
-        # An assistant learns from the images that the teacher has learnt from.
-        data = self.data(role="teacher" if self.role == "assistant" else self.role, seed=self.seed)
+        # An assistant learns from the images that the teacher has learnt from; quantised networks from their source's.
+        role = self.quantizing.source.recipe.role if self.quantizing is not None else self.role
+        data = self.data(role={"assistant": "teacher", "continued": "distilled"}.get(role, role), seed=self.seed)
         if any(loss.needs_sample_ids for loss in self.losses().values()):
             put_around(data, WithIds)
         return data
 
     @property
     def is_taught(self) -> bool:
+        if self.quantizing is not None and not self.quantizing.training:
+            return False
         return self.role not in ("teacher", "student")
 
     @property

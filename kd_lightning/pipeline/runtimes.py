@@ -1,7 +1,5 @@
-"""Exported files in the runtimes that serve them: what they predict, how fast they are, and what runs on integers."""
+"""Exported files in the runtimes that serve them: what they predict, and how fast they are."""
 
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,25 +12,9 @@ from torch import Tensor
 from kd_lightning.pipeline.latency import Latency, batch_of, figures, times_s
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_INTEGER = {
-    "QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
-    "DynamicQuantizeMatMul",
-}  # fmt: skip
-"""Operators with weights that compute in integers, in ONNX Runtime's optimised graph."""
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Served = Callable[[Any], NDArray[np.float32]]
 """From a batch of images, (B, ...) in float32, to logits (B, C)."""
-
-
-def check_packages() -> None:
-    """Raise ImportError where what exports and runs files is not installed."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"the stage quantized expects the packages {', '.join(_PACKAGES)}, got none of the name "
-            f"{', '.join(missing)}: pip install 'kd-lightning[onnx]', or leave quantized out of the stages"
-        )
 
 
 def open_file(path: Path, runtime: str = "onnxruntime") -> Served:
@@ -46,7 +28,9 @@ def open_file(path: Path, runtime: str = "onnxruntime") -> Served:
         return lambda batch: compiled([batch])[0]
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), _one_thread(), providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda batch: session.run(None, {name: batch})[0]
 
@@ -75,30 +59,3 @@ def predictions(path: Path, batches: Iterable[Tensor]) -> NDArray[np.int64]:
     """Return the classes that a file finds most likely in ONNX Runtime, (N,)."""
     served = open_file(path)
     return np.concatenate([served(batch.numpy()).argmax(-1) for batch in batches])
-
-
-def operators(path: Path) -> Counter[str]:
-    """Count the operators of the graph as ONNX Runtime has optimised it for this CPU."""
-    import onnx
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = _one_thread()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.log_severity_level = 3  # that such a file is for this CPU alone is known
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
-    return Counter(node.op_type for node in graph.node)
-
-
-def integer_operators(path: Path) -> int:
-    """Count the convolutions and matrix products that run on integers."""
-    return sum(count for name, count in operators(path).items() if name in _INTEGER)
-
-
-def _one_thread() -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return options

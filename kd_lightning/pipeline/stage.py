@@ -22,9 +22,11 @@ from kd_lightning.outputs import run
 from kd_lightning.pipeline.latency import parameters, size_mb
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
+from kd_lightning.pipeline.serving import post_training, serve
 from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder, fingerprint_of
 from kd_lightning.pipeline.teaching import teacher_for
 from kd_lightning.preflight import dry_run
+from kd_lightning.quantization import prepare
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import relative_entropy
@@ -42,12 +44,11 @@ def train(
     folder: StageFolder,
     logger: Logger | None,
     callbacks: list[Callback],
-) -> tuple[float, dict[str, float], Trainer]:
+) -> tuple[float, DistillationObjective, Trainer]:
     """Fit the network, from its last checkpoint where there is one.
 
     Returns:
-        The seconds that took, over all attempts; the losses' temperatures at the end (scheduled or learnt ones have
-        moved); the Trainer.
+        The seconds that took, over all attempts; the losses as they are at the end; the Trainer.
     """
     data.prepare_data()
     data.setup("fit")
@@ -79,7 +80,7 @@ def train(
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
     module.cpu()
-    return timer.time_elapsed("train"), module.objective.temperatures(), trainer
+    return timer.time_elapsed("train"), module.objective, trainer
 
 
 def test(
@@ -147,18 +148,28 @@ def run_stage(
     if is_rank_zero():
         folder.remember(logger.run_id if logger is not None else None)
     seed_everything(recipe.seed, verbose=False)
-    network, seconds, temperatures = recipe.network(), 0.0, dict[str, float]()
+    network, seconds, objective = recipe.network(), 0.0, None
     source, trainer = None, None
     if recipe.checkpoint is not None:
         load_weights(network, recipe.checkpoint)
         data.prepare_data()
+    elif recipe.quantizing is not None and not recipe.quantizing.training:
+        data.prepare_data()
+        seconds = post_training(network, data, recipe.quantizing)
     else:
         source = teacher_for(recipe, data, teacher if recipe.needs_teacher else None, stages)
-        seconds, temperatures, trainer = train(recipe, network, data, source, folder, logger, callbacks)
+        seconds, objective, trainer = train(recipe, network, data, source, folder, logger, callbacks)
     if is_rank_zero():
-        folder.finish(network, test(recipe, network, data, source, seconds, temperatures))
+        # Scheduled or learnt temperatures have moved.
+        temperatures = objective.temperatures() if objective is not None else {}
+        result = test(recipe, network, data, source, seconds, temperatures)
+        if recipe.quantizing is not None:
+            result = serve(result, network, data, folder.file, recipe.quantizing)
+        folder.finish(network, result, objective.state_dict() if objective is not None else {})
     if trainer is not None:
         trainer.strategy.barrier("the stage's files are written")
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
     result = folder.read()
     assert result is not None
     return finished(result=result, reused=False)
@@ -171,6 +182,8 @@ def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished |
         batches = loader_batches(data.train_dataloader())
         source = Teacher(teacher.network()) if teacher is not None else recipe.source()
         dry_run(batches, network, source, objective, Classification())
+    if recipe.quantizing is not None:
+        prepare(network, recipe.quantizing.spec)
     return network
 
 

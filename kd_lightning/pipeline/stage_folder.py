@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_student, load_weights
 from kd_lightning.pipeline.files import write_atomically
@@ -23,6 +23,7 @@ from kd_lightning.pipeline.results import Result
 
 LAST = "last.ckpt"
 _WEIGHTS, _RESULT, _PREDICTIONS, _RUN_ID = "final.ckpt", "result.json", "predictions.npz", "run_id"
+_FILE = "model.onnx"
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +37,11 @@ class StageFolder:
     @property
     def weights(self) -> Path:
         return self.path / _WEIGHTS
+
+    @property
+    def file(self) -> Path:
+        """Of what is served: quantised, or in fp32 where that was asked for."""
+        return self.path / _FILE
 
     @property
     def run_id(self) -> str | None:
@@ -61,9 +67,9 @@ class StageFolder:
             return None
         return file
 
-    def finish(self, network: nn.Module, result: Result) -> None:
+    def finish(self, network: nn.Module, result: Result, losses: Mapping[str, Tensor] | None = None) -> None:
         weights, predictions = io.BytesIO(), io.BytesIO()
-        torch.save({"state_dict": network.state_dict()}, weights)
+        torch.save({"state_dict": network.state_dict(), "losses": dict(losses or {})}, weights)
         write_atomically(self.weights, weights.getvalue())
         np.savez_compressed(predictions, predictions=result.predictions, target=result.target)
         write_atomically(self.path / _PREDICTIONS, predictions.getvalue())
@@ -80,7 +86,10 @@ class StageFolder:
             load_student(self.weights)
             with np.load(self.path / _PREDICTIONS, allow_pickle=False) as arrays:
                 named = {"label": self.recipe.label, **{key: arrays[key] for key in ("predictions", "target")}}
-                return Result.from_dict(content["result"], **named)
+                result = Result.from_dict(content["result"], **named)
+            if result.quantized is not None and not self.file.is_file():
+                return None
+            return result
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -104,6 +113,11 @@ class Finished:
         network = self.architecture()
         load_weights(network, self.folder.weights)
         return network.eval()
+
+    def losses(self) -> dict[str, Tensor]:
+        """Return what its losses have learnt, such as projectors."""
+        content = torch.load(self.folder.weights, map_location="cpu", weights_only=True)
+        return dict(content["losses"])
 
 
 def fingerprint_of(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> str:

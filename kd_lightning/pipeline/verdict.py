@@ -84,17 +84,21 @@ def make_verdict(
     differences = {
         name: paired_difference(*_paired(left, right)) for name, (left, right) in pairs.items() if left and right
     }
-    models, keys = {}, {}
+    models, keys = {}, dict[str, str]()
     for label in _in_order(groups, labels):
         role = _role(groups[label])
         keys[label] = role if len(labels[role]) == 1 and role != "quantized" else label
-        model = _model(groups[label], teacher, alone, recall_classes or {})
+        of_student = role != "quantized" or _quantized(groups[label]).source not in labels["teacher"]
+        model = _model(groups[label], teacher, alone if of_student else None, recall_classes or {})
         model = replace(
             model,
             latency=latency.get(label),
             latency_openvino=(latency_openvino or {}).get(label),
             file_mb=model.quantized.file_mb if model.quantized is not None else (files_mb or {}).get(label),
         )
+        if model.quantized is not None:
+            made_of = model.quantized.source
+            model = replace(model, quantized=replace(model.quantized, source=keys.get(made_of, made_of)))
         if role == "distilled" and reference is not None and label != reference:
             difference = paired_difference(*_paired(groups[label], groups[reference]))
             model = replace(model, against_reference=difference)
@@ -188,12 +192,13 @@ def _quantized_of(
 
 
 def _in_order(groups: Mapping[str, _Runs], labels: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return labels in the order in which the pipeline trains, and behind each what was quantised of it."""
+    """Return labels in the order in which the pipeline trains, teacher and student alone with what was quantised."""
     ordered = []
     for role in (role for role in get_args(Role) if role != "quantized"):
         for label in labels[role]:
             ordered.append(label)
-            ordered += [other for other in labels["quantized"] if _quantized(groups[other]).source == label]
+            if role != "distilled":  # behind which come the further steps in float
+                ordered += [other for other in labels["quantized"] if _quantized(groups[other]).source == label]
     return [*ordered, *(label for label in labels["quantized"] if label not in ordered)]
 
 

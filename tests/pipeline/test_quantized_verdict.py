@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -40,8 +41,10 @@ def everything(*, ptq=0.80, qat=0.80, continued=0.80, source="distilled", **chan
 def test_each_quantised_model_stands_behind_what_it_was_made_of():
     v = make_verdict(everything(), {})
     teacher, student, *of_distilled = LABELS
-    order = ["teacher", teacher, "student", student, "control", "distilled", of_distilled[0], of_distilled[1]]
-    assert list(v.models) == [*order, of_distilled[2], "continued"]
+    order = ["teacher", teacher, "student", student, "control", "distilled", "continued"]
+    assert list(v.models) == [*order, *of_distilled]
+    assert v.models[teacher].gap_closed is None
+    assert v.models[of_distilled[0]].gap_closed.mean == pytest.approx(0.375)
     assert v.distilled == "distilled"  # and not the one with the further steps
     assert v.worth_it
 
@@ -89,6 +92,20 @@ def test_the_sum_is_compared_with_the_teacher_in_the_same_runtime():
     latency["teacher"] = Latency(0.4, 0.5, 1000)  # in PyTorch: not comparable
     assert "times faster" not in make_verdict(everything(), latency, files_mb={"teacher": 0.43}).sentence
     assert "than the teacher in fp32, with" not in make_verdict(everything(), latency).sentence
+
+
+def test_integers_that_take_longer_than_floats_are_said_to():
+    latency = {"distilled": Latency(0.010, 0.02, 300, "ONNX Runtime")}
+    latency["distilled PTQ int8"] = Latency(0.015, 0.02, 150, "ONNX Runtime")
+    openvino = {key: replace(value, runtime="OpenVINO") for key, value in latency.items()}
+    openvino["distilled PTQ int8"] = Latency(0.005, 0.02, 600, "OpenVINO")
+    v = make_verdict(everything(), latency, latency_openvino=openvino, files_mb={"distilled": 0.03})
+    assert (
+        "Against its own file in fp32 it (distilled PTQ int8) is 1.5 times smaller, 1.5 times slower at batch 1 and "
+        "2.0 times slower at batch 64 in ONNX Runtime, 2.0 times faster at batch 1 and 2.0 times faster at batch 64 in "
+        "OpenVINO."
+    ) in v.sentence
+    assert "Against its own file" not in make_verdict(everything(), {}).sentence
 
 
 def test_validation_chooses_which_is_compared_with_the_teacher():

@@ -1,4 +1,4 @@
-"""Files in ONNX Runtime and OpenVINO: what comes out, what runs on integers. Timings themselves are not asserted."""
+"""Files in ONNX Runtime and OpenVINO: what comes out. Timings themselves are not asserted."""
 
 from importlib.util import find_spec
 
@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from kd_lightning.pipeline import runtimes
-from kd_lightning.pipeline.runtimes import check_packages, integer_operators, measure_files, operators, predictions
+from kd_lightning.pipeline.runtimes import measure_files, predictions
 
 WEIGHT = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 
@@ -57,13 +57,6 @@ def test_predictions_are_those_of_the_files_matrix(in_float, in_int8):
     assert (predictions(in_int8, images.split(20)) == expected).mean() > 0.9
 
 
-def test_integer_operators_are_those_of_the_optimised_graph(in_float, in_int8):
-    assert operators(in_float) == {"MatMul": 1}
-    assert integer_operators(in_float) == 0
-    assert integer_operators(in_int8) == 1
-    assert "MatMul" not in operators(in_int8)
-
-
 def test_every_file_has_figures_in_every_runtime_that_is_there(in_float, in_int8, monkeypatch):
     example = torch.zeros(1, 6)
     measured = measure_files({"float": in_float, "int8": in_int8}, example, seconds=0.1)
@@ -74,10 +67,3 @@ def test_every_file_has_figures_in_every_runtime_that_is_there(in_float, in_int8
     assert measured["onnxruntime"]["int8"].runtime == "ONNX Runtime"
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
     assert set(measure_files({"float": in_float}, example, seconds=0.0)) == {"onnxruntime"}
-
-
-def test_missing_packages_name_the_extra(monkeypatch):
-    check_packages()
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
-    with pytest.raises(ImportError, match=r"got none of the name onnxscript: pip install 'kd-lightning\[onnx\]'"):
-        check_packages()
