@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.dry_forward import dry_forward
+from kd_lightning.export.batches import on_cpu
+from kd_lightning.export.sessions import Session, open_session
 from kd_lightning.outputs import Outputs, run
 from kd_lightning.tasks.batch import Batch
 from kd_lightning.teachers.base import TeacherSource
 from kd_lightning.teachers.fastest import differences
-from kd_lightning.teachers.onnx_file import Session, check_runtime, export, on_cpu, open_session, quantize
+from kd_lightning.teachers.onnx_file import check_runtime, quantize, write
 
 
 class RuntimeTeacher(TeacherSource):
@@ -67,7 +69,7 @@ class RuntimeTeacher(TeacherSource):
     @torch.no_grad()
     def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
         layers, device = self._check(layers), self._device(batch)
-        batch = on_cpu(batch)
+        batch = on_cpu(batch, "a teacher through a runtime")
         if self._session is None and sum(map(_size, self._kept)) >= self.calibration_samples:
             self._session = self._open()
             self._kept.clear()
@@ -88,7 +90,7 @@ class RuntimeTeacher(TeacherSource):
         """Make the file and load it; say what it changes."""
         with TemporaryDirectory() as folder:
             path, int8 = Path(folder, "float32.onnx"), Path(folder, "int8.onnx")
-            export(self.network, self._kept[0], self.layers, path)
+            write(self.network, self._kept[0], self.layers, path)
             if self.precision == "int8":
                 quantize(path, int8, self._kept)
                 path = int8

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.export.formats import FORMATS
 from kd_lightning.losses import KD, Hint
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Batch
-from kd_lightning.teachers import onnx_file
 from kd_lightning.teachers.fastest import differences
 from kd_lightning.teachers.runtime import RuntimeTeacher
 from tests.tiny import CLASSES, distillation, good_teacher, loader, network, samples, trainer
@@ -136,6 +136,6 @@ def test_what_cannot_be_is_refused(monkeypatch) -> None:
         RuntimeTeacher(good_teacher(), precision="int4")
     with pytest.raises(ValueError, match="expects tensors alone, got Tensor, bool"):
         RuntimeTeacher(good_teacher())(Batch((torch.ones(2, 6),), {"flag": True}, None))
-    monkeypatch.setitem(onnx_file._PACKAGES, "openvino", ("onnx", "not_there"))
+    monkeypatch.setitem(FORMATS, "openvino", FORMATS["openvino"]._replace(packages=("onnx", "not_there")))
     with pytest.raises(ImportError, match=r"got none of the name not_there: pip install 'kd-lightning\[openvino\]'"):
         RuntimeTeacher(good_teacher(), runtime="openvino")
