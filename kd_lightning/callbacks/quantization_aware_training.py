@@ -47,7 +47,8 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         spec: Bits, and what stays in float; 8 bits everywhere unless given.
-        start: When rounding begins. Ranges follow the data from the first batch.
+        start: When rounding begins. Ranges follow the data from the first batch. Learned scales are unused before: DDP
+            takes that with ``strategy="ddp_find_unused_parameters_true"``.
         freeze_observers: When the ranges of activations stop to follow it.
         freeze_batch_norm: When batch norm is put into eval mode, as it is served.
         student: Name of the network in the module. Unless given, that of :class:`~kd_lightning.Distillation`, or
