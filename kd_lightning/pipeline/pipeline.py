@@ -43,7 +43,7 @@ class Pipeline:
     Attributes:
         name: Of the parent run.
         teacher: None where no stage needs one.
-        members: Further teachers of an ensemble; no rows of the comparison.
+        members: Further teachers of an ensemble; neither rows of the comparison, nor quantised.
         assistants: Networks between teacher and student, each taught by an earlier one, in the order in which they run.
         students: In the order in which they run.
         config: The whole, for the parent run.
@@ -150,10 +150,11 @@ class Pipeline:
 
     def _run_stages(self, tracking: Tracking) -> list[Finished]:
         recipes = self._recipes()
+        rows = [recipe for recipe in recipes if recipe.label not in {member.label for member in self.members}]
         finished: list[Finished] = []
         by_label: dict[str, Finished] = {}
         console = self.console if is_rank_zero() else Console(quiet=True)
-        count = len(recipes) + (self.quantized.count(recipes) if self.quantized is not None else 0)
+        count = len(recipes) + (self.quantized.count(rows) if self.quantized is not None else 0)
         with StageProgress(console, count) as progress:
 
             def run(recipe: Recipe) -> Finished:
@@ -163,11 +164,12 @@ class Pipeline:
                 return stage
 
             for recipe in recipes:
-                finished.append(run(recipe))
-                by_label[recipe.label] = finished[-1]
+                by_label[recipe.label] = stage = run(recipe)
+                if recipe in rows:
+                    finished.append(stage)
                 for waiting in self.to_store:
                     if waiting.taught_by == recipe.label:
-                        store(waiting, finished[-1], self.work_dir)
+                        store(waiting, stage, self.work_dir)
             if self.quantized is not None:
                 finished += self.quantized.run(finished, run)
         return finished
@@ -222,8 +224,6 @@ class Pipeline:
         return stage
 
     def _compare(self, finished: list[Finished], tracking: Tracking, path: Path) -> Verdict:
-        members = [recipe.label for recipe in self.members]
-        finished = [stage for stage in finished if stage.result.label not in members]
         data = finished[0].recipe.data(role="distilled", seed=0)
         data.prepare_data()
         data.setup("validate")

@@ -47,6 +47,7 @@ def with_members(recipe: Recipe, finished: Mapping[str, Finished]) -> Recipe:
         recipe,
         config={**recipe.config, "members": [member.folder.fingerprint for member in members]},
         source=lambda network: source(network, *(member.network() for member in members)),
+        members=(),
     )
 
 

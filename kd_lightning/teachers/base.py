@@ -69,3 +69,13 @@ class TeacherSource:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherSource":
         return self  # a moving average copies its module; the teacher is shared
+
+
+class BatchSource(TeacherSource):
+    """Reads outputs that come with a batch: nothing runs, and batches without any are not compared with a teacher."""
+
+    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+        return self(batch, layers)
+
+    def can_teach(self, batch: Batch) -> bool:
+        return batch.teacher is not None

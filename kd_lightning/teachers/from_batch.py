@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks.batch import Batch
-from kd_lightning.teachers.base import TeacherSource
+from kd_lightning.teachers.base import BatchSource
 
 
-class FromBatch(TeacherSource):
+class FromBatch(BatchSource):
     """Only the teacher's outputs can be reached: an API has given them, or another program has written them down.
 
     A training batch is one of:
@@ -49,9 +49,3 @@ class FromBatch(TeacherSource):
                 "losses that read no layer of the teacher"
             )
         return outputs
-
-    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
-        return self(batch, layers)
-
-    def can_teach(self, batch: Batch) -> bool:
-        return batch.teacher is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Classification
 from kd_lightning.tasks.batch import Batch, unwrapped
-from kd_lightning.teachers.base import TeacherSource
+from kd_lightning.teachers.base import BatchSource
 
 GLIMPSE = "stored_outputs.glimpse"
 """Name among a batch's features of a few of its inputs' numbers, as the teacher saw them."""
@@ -17,7 +17,7 @@ _NUMBERS = 8
 _CALLS = 20  # on an accelerator, where each look waits for it
 
 
-class Stored(TeacherSource):
+class Stored(BatchSource):
     """Outputs that come with each training batch, from :class:`~kd_lightning.stored_outputs.StoredOutputs`.
 
     There are none for validation batches, unless their data set is wrapped as well: agreement and the teacher's
@@ -59,12 +59,6 @@ class Stored(TeacherSource):
         # Half precision is how they are stored, not how precise they are meant to be.
         outputs = batch.teacher._replace(features={name: features[name].float() for name in layers})
         return outputs._replace(logits=outputs.logits.float())
-
-    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
-        return self(batch, layers)
-
-    def can_teach(self, batch: Batch) -> bool:
-        return batch.teacher is not None
 
     def _check_inputs(self, batch: Batch, seen: Tensor) -> None:
         inputs = next((x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)), None)

@@ -130,6 +130,23 @@ def test_members_from_checkpoints_are_told_apart_by_their_weights(folder: Path, 
     assert "reused" not in run(*given)
 
 
+@pytest.mark.parametrize(
+    "source", [["teachers=momentum"], ["teachers=ensemble", "teachers.teachers=[a.ckpt,b.ckpt]"]], ids=lambda x: x[0]
+)
+def test_quantised_students_go_on_with_their_source_and_members_are_not_quantised(
+    folder: Path, run, source: list[str]
+) -> None:
+    pytest.importorskip("onnxruntime", exc_type=ImportError)
+    (weights,) = folder.glob("mlruns/stages/teacher-*/final.ckpt")
+    for name in ("a.ckpt", "b.ckpt"):
+        shutil.copy(weights, name)
+    printed = run(*source, "stages=[distilled,quantized,verdict]", "quantized.steps=2")
+    names = re.findall(r"^\[\d/\d\] ([\w-]+): ", printed, re.MULTILINE)
+    assert "quantized-distilled-qat-int8-s0" in names
+    assert not [name for name in names if name.startswith("quantized-teacher")]
+    assert f"[{len(names)}/{len(names)}]" in printed
+
+
 def test_the_batches_of_ones_own_data_teach_student_and_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run
 ) -> None:
