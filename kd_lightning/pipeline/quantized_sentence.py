@@ -14,7 +14,7 @@ def quantized_sentence(
 
     Args:
         models: by key.
-        differences: of accuracy; "ptq-distilled", "qat-continued", "qat-ptq" and "continued-distilled" are looked at.
+        differences: of accuracy, those of :class:`~kd_lightning.pipeline.results.Verdict`.
         ptq: key of the distilled student after post-training quantisation.
         qat: key of the one after quantisation-aware training.
     """
@@ -57,7 +57,7 @@ def _cost(how: str, difference: Interval, of: str) -> str:
 
 def _training(differences: Mapping[str, Interval]) -> list[str]:
     """Whether quantisation-aware training beat post-training quantisation, and whether that was the training alone."""
-    gain, steps = differences.get("qat-ptq"), differences.get("continued-distilled")
+    gain, beyond = differences.get("qat-ptq"), differences.get("qat-ptq beyond the steps")
     if gain is None:
         return []
     if gain.high < 0:
@@ -69,8 +69,10 @@ def _training(differences: Mapping[str, Interval]) -> list[str]:
             f"(a difference of {within(gain)}): post-training quantisation is enough here"
         ]
     text = f"Quantisation-aware training is {stated(gain)} better than post-training quantisation"
-    if steps is not None and steps.low > 0:
-        text += f"; the same further steps in fp32 bring {stated(steps)} too, so it is not all due to quantisation"
+    if beyond is not None and beyond.low > 0:
+        text += f", {stated(beyond)} beyond what the same further steps bring in fp32"
+    elif beyond is not None:
+        text += f"; that it is more than the same further steps bring in fp32 was not shown (by {within(beyond)})"
     return [text]
 
 

@@ -195,7 +195,7 @@ class Verdict:
         gap_closed: of that model; None for all three where teacher, student or distilled is missing.
         differences: of test accuracy, by "distilled-alone", "distilled-control", "control-alone", "teacher-alone",
             and of its int8 students "ptq-distilled", "qat-continued", "qat-ptq", "continued-distilled", as far as
-            both were run.
+            both were run; "qat-ptq beyond the steps" is the third without the fourth.
         models: by role; by label where a role has several models, and where it is `quantized`.
     """
 

@@ -68,6 +68,25 @@ def paired_difference(a_correct: Correct, b_correct: Correct) -> Interval:
     return Interval(mean, mean - margin, mean + margin)
 
 
+def paired_contrast(a: Correct, b: Correct, c: Correct, d: Correct) -> Interval:
+    """95 % interval of (accuracy(a) - accuracy(b)) - (accuracy(c) - accuracy(d)), paired as in `paired_difference`.
+
+    How much more one change brings than another, each against its own control.
+
+    Shape: (S, N) all four.
+
+    Raises:
+        ValueError: shapes that cannot be paired.
+    """
+    first, second = _difference(a, b), _difference(c, d)
+    if first.shape != second.shape:
+        raise ValueError(f"expected the same seeds and samples of all four, got {first.shape} and {second.shape}")
+    contrast = first - second
+    mean = float(contrast.mean())
+    margin = _margin(contrast.mean(axis=1), contrast.mean(axis=0))
+    return Interval(mean, mean - margin, mean + margin)
+
+
 def gap_closed(teacher: Correct, alone: Correct, distilled: Correct) -> Share:
     """Share of the teacher-student gap that distillation closes, (distilled - alone) / (teacher - alone).
 

@@ -16,7 +16,7 @@ from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.quantized_sentence import quantized_sentence
 from kd_lightning.pipeline.results import TITLES, Model, Quantized, Result, Role, Verdict
 from kd_lightning.pipeline.sentence import sentence
-from kd_lightning.pipeline.statistics import Share, gap_closed, paired_difference
+from kd_lightning.pipeline.statistics import Share, gap_closed, paired_contrast, paired_difference
 
 
 def make_verdict(
@@ -84,6 +84,10 @@ def make_verdict(
     differences = {
         name: paired_difference(*_paired(left, right)) for name, (left, right) in pairs.items() if left and right
     }
+    four = [pairs[name] for name in ("qat-continued", "ptq-distilled") if name in pairs]
+    runs_of_four = [group for pair in four for group in pair if group]
+    if len(runs_of_four) == 4:
+        differences["qat-ptq beyond the steps"] = paired_contrast(*_paired(*runs_of_four))
     models, keys = {}, dict[str, str]()
     for label in _in_order(groups, labels):
         role = _role(groups[label])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from kd_lightning.pipeline.statistics import gap_closed, paired_difference
+from kd_lightning.pipeline.statistics import gap_closed, paired_contrast, paired_difference
 
 
 def simulate(rng, accuracies, seeds, samples, *, seed_sd=0.006, image_sd=0.9):
@@ -184,3 +184,17 @@ def test_what_cannot_be_paired_is_refused():
         paired_difference(np.ones((3, 1), bool), np.ones((3, 1), bool))
     with pytest.raises(ValueError, match="1 pairs of seeds, teacher and alone 3: pass the same seeds"):
         gap_closed(np.ones((3, 10), bool), np.zeros((1, 10), bool), np.zeros((1, 10), bool))
+
+
+def test_a_contrast_is_the_difference_of_two_differences_and_its_interval_covers_it():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        a, b, c, d = simulate(rng, (0.80, 0.76, 0.78, 0.77), 3, 300)
+        contrast = paired_contrast(a, b, c, d)
+        covered += contrast.low <= 0.03 <= contrast.high
+    assert contrast.mean == pytest.approx(paired_difference(a, b).mean - paired_difference(c, d).mean)
+    assert 0.92 <= covered / 300 <= 1.0
+    assert paired_contrast(a, b, c, c) == paired_difference(a, b)
+    with pytest.raises(ValueError, match="expected the same seeds and samples of all four"):
+        paired_contrast(a, b, c[:2], d[:2])
