@@ -55,7 +55,7 @@ def worst_layer(network: nn.Module, batch: Batch, path: Path, runtime: str, laye
     if not named:
         return "no layer of the network is found in the file"
     values = list(dict.fromkeys(named.values()))
-    found = dict(zip(values, open_session(path, runtime, values)(batch)[1:], strict=True))
+    found = dict(zip(values, open_session(path, runtime, values)(batch), strict=True))
     worst, grown, before = ("", 0.0), -float("inf"), 0.0
     for layer, value in named.items():
         if found[value].shape != expected[layer].shape:

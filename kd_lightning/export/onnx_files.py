@@ -16,6 +16,8 @@ from kd_lightning.quantization import QuantizationSpec, exportable, is_prepared,
 from kd_lightning.quantization.prepare import placement_of
 from kd_lightning.tasks.batch import Batch
 
+_MOST_BYTES = 2**31
+"""That one ONNX file can hold."""
 _BLOCK = 32
 """Weights that share a scale, in a product with 4-bit weights."""
 
@@ -25,6 +27,12 @@ def onnx_content(
 ) -> tuple[bytes, dict[str, str]]:
     """Return the file of a network in eval mode, and the name of each layer's output in it."""
     dtype = torch.float16 if precision == "float16" else None
+    size = sum(x.numel() for x in network.parameters()) * (2 if dtype else 4)
+    if size >= _MOST_BYTES:
+        raise ValueError(
+            f"{type(network).__name__} has weights of {size / 1e9:.1f} GB, expected less than {_MOST_BYTES / 1e9:.1f}, "
+            "which an ONNX graph holds: take format='torch_export' or 'state_dict', or float16"
+        )
     convolutions = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     if precision == "int4" and not is_prepared(network) and convolutions:
         linear = tuple(name for name, m in network.named_modules() if isinstance(m, nn.Linear))
@@ -67,8 +75,9 @@ def _check_quantized(network: nn.Module, model: Any, precision: str) -> None:
             f"{type(network).__name__} has no weight that {precision} changes: expected {layers} with constant "
             f"weights, got the operators {', '.join(found)}; {remedy}"
         )
-    left = sum(math.prod(x.dims) for x in weights if x.data_type == TensorProto.FLOAT)
-    total = sum(x.numel() for x in network.parameters() if x.ndim > 1)
+    scales = {node.input[2] for node in products}
+    left = sum(math.prod(x.dims) for x in weights if x.data_type == TensorProto.FLOAT and x.name not in scales)
+    total = sum(x.numel() for _, x in network.named_parameters(remove_duplicate=False) if x.ndim > 1)
     if left > total / 2:
         rank_zero_warn(f"{precision} leaves {left / total:.0%} of the weights in float32: {remedy}")
 

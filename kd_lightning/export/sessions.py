@@ -20,7 +20,7 @@ def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Sessio
     Args:
         path: Of the file.
         runtime: That is installed.
-        values: Names inside the graph, to give after its outputs.
+        values: Names inside the graph, to give instead of its outputs.
     """
     threads = torch.get_num_threads()
     if runtime == "openvino":
@@ -31,9 +31,10 @@ def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Sessio
         core = openvino.Core()
         model = core.read_model(str(path))
         if values:
-            model.add_outputs(list(values))
+            given = {name for output in model.outputs for name in output.get_names()}
+            model.add_outputs([name for name in values if name not in given])
         compiled = core.compile_model(model, "CPU", options)
-        return lambda batch: [torch.from_numpy(x) for x in compiled(feed(batch)).to_tuple()]
+        return lambda batch: [torch.from_numpy(x) for x in _in_order(compiled(feed(batch)), values)]
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -44,7 +45,13 @@ def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Sessio
         import onnx
 
         model = onnx.load(path)
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
+        given = {output.name for output in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in given)
         source = model.SerializeToString()
     session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
-    return lambda batch: [torch.from_numpy(x) for x in session.run(None, feed(batch))]
+    return lambda batch: [torch.from_numpy(x) for x in session.run(list(values) or None, feed(batch))]
+
+
+def _in_order(found: Any, values: Sequence[str]) -> Sequence[Any]:
+    """Return the arrays of these names; without names, all."""
+    return [found[name] for name in values] if values else found.to_tuple()

@@ -87,6 +87,10 @@ def export(
     """
     path = Path(path)
     check_format(format, precision, path)
+    least = LEAST_AGREEMENT[precision] if least_agreement is None else least_agreement
+    if not 0 <= least <= 1:
+        raise ValueError(f"expected least_agreement to be a share, from 0 to 1, got {least}")
+    student = getattr(student, "_orig_mod", student)  # what torch.compile has wrapped
     batch, network = as_batch(example), copy.deepcopy(student).cpu().eval()
     _check_preparation(network, precision)
     expected = run(network, batch.args, batch.kwargs).logits.float()
@@ -96,7 +100,7 @@ def export(
         job = Job(network, batch, precision, metadata, folder / path.name, path)
         written = WRITERS[format](job)
         found = compare(expected, in_two_batches(written.session, batch))
-        _check_agreement(student, format, job, written, found, least_agreement, expected)
+        _check_agreement(student, format, job, written, found, least, expected)
         size = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(path, size, found.agreement, found.max_difference, written.operators)
 
@@ -132,9 +136,8 @@ def _check_outputs(network: nn.Module, logits: Tensor, classes: Sequence[str]) -
 
 
 def _check_agreement(
-    student: nn.Module, format: str, job: Job, written: Written, found: Comparison, least: float | None, logits: Tensor
+    student: nn.Module, format: str, job: Job, written: Written, found: Comparison, least: float, logits: Tensor
 ) -> None:
-    least = LEAST_AGREEMENT[job.precision] if least is None else least
     most = _MOST_DIFFERENCE.get(job.precision, float("inf")) * float(logits.abs().max())
     if found.finite and found.agreement >= least and found.max_difference <= most:
         return

@@ -1,5 +1,7 @@
 """Networks and inputs to export."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,19 @@ def resnet() -> nn.Module:
 
 def quantized(network: nn.Module, inputs: Tensor, **spec: object) -> nn.Module:
     return calibrate(prepare(network, QuantizationSpec(**spec)), [inputs])
+
+
+def outputs(path: Path, inputs: Tensor) -> Tensor:
+    """What the runtime gives that the file is for."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["logits"], {"input": inputs.numpy()})[0])
+    if path.suffix == ".xml":
+        import openvino
+
+        # Where the processor has 16-bit floats, it would take these.
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return torch.from_numpy(compiled({"input": inputs.numpy()})["logits"])
+    return torch.export.load(path).module()(inputs)[0]

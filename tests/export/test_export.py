@@ -17,7 +17,7 @@ from kd_lightning import load_student
 from kd_lightning.export import ExportReport, export
 from kd_lightning.export.formats import FORMATS
 from kd_lightning.models import CNN8
-from tests.export.networks import images, quantized, resnet, seeded
+from tests.export.networks import images, outputs, quantized, resnet, seeded
 from tests.tiny import distillation, loader, network, samples, trainer
 
 onnx, onnxruntime, openvino, _, safetensors, _ = (
@@ -25,18 +25,7 @@ onnx, onnxruntime, openvino, _, safetensors, _ = (
     for name in ("onnx", "onnxruntime", "openvino", "onnxscript", "safetensors", "safetensors.torch")
 )
 
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}  # where the processor has 16-bit floats, it would take these
 FLOAT = [(format, precision) for format in FORMATS for precision in ("float32", "float16")]
-
-
-def outputs(path: Path, inputs: Tensor) -> Tensor:
-    """What the runtime gives that the file is for."""
-    if path.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(["logits"], {"input": inputs.numpy()})[0])
-    if path.suffix == ".xml":
-        return torch.from_numpy(openvino.Core().compile_model(path, "CPU", F32)({"input": inputs.numpy()})["logits"])
-    return torch.export.load(path).module()(inputs)[0]
 
 
 CLASSES = [f"garment {i}" for i in range(10)]
@@ -182,6 +171,14 @@ def test_several_inputs_are_numbered(tmp_path) -> None:
 def test_one_sample_does_as_an_example(tmp_path) -> None:
     report = export(TwoImages(), (images(1), images(1)), tmp_path / "s.pt2", "torch_export")
     assert torch.export.load(report.path).module()(INPUTS, INPUTS)[0].shape == (32, 5)
+
+
+def test_a_compiled_network_has_the_names_and_the_class_that_it_had(tmp_path) -> None:
+    compiled = torch.compile(network())
+    export(compiled, samples(8)[0], tmp_path / "s.safetensors", "state_dict")
+    with safetensors.safe_open(tmp_path / "s.safetensors", "pt") as file:
+        assert set(file.keys()) == set(network().state_dict())
+        assert file.metadata()["student"] == "Network"
 
 
 SERVING = """

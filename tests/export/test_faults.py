@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.export import export, formats
+from kd_lightning.export import export, formats, onnx_files
 from kd_lightning.quantization import prepare
 from tests.export.networks import images, quantized, resnet, seeded
 
@@ -27,6 +27,19 @@ def test_an_unknown_format_precision_or_suffix(tmp_path) -> None:
         export(seeded(), INPUTS, path, "torch_export", "int8")
     with pytest.raises(ValueError, match=r"expected a path that ends in \.xml for format='openvino', got 's\.onnx'"):
         export(seeded(), INPUTS, path, "openvino")
+
+
+def test_a_share_in_percent(tmp_path) -> None:
+    with pytest.raises(ValueError, match="expected least_agreement to be a share, from 0 to 1, got 99"):
+        export(seeded(), INPUTS, tmp_path / "s.onnx", least_agreement=99)
+
+
+def test_weights_that_an_onnx_file_cannot_hold(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(onnx_files, "_MOST_BYTES", 20_000)
+    for format, path in (("onnx", "s.onnx"), ("openvino", "s.xml")):
+        with pytest.raises(ValueError, match=r"CNN8 has weights of .* GB, expected less than .*: take form"):
+            export(seeded(), INPUTS, tmp_path / path, format)
+    export(seeded(), INPUTS, tmp_path / "s.onnx", precision="float16")
 
 
 def test_a_runtime_that_is_missing_names_its_extra(tmp_path, monkeypatch) -> None:
@@ -164,6 +177,16 @@ def test_a_file_that_disagrees_is_not_kept_and_the_worst_layer_named(tmp_path) -
     ):
         export(network, images(32, 3, 32), tmp_path / "s.onnx", precision="int4", least_agreement=0.999)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_worst_layer_is_found_in_openvino_too(tmp_path) -> None:
+    pytest.importorskip("nncf", exc_type=ImportError)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    with torch.no_grad():
+        network[1].weight[:, ::16] *= 50  # one large weight in each group: the others of the group become 0
+    with pytest.raises(ValueError, match=r"s.xml in int4 .*; expected 100.0%; it departs most at layer '1'"):
+        export(network, INPUTS, tmp_path / "s.xml", "openvino", "int4", least_agreement=1.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_beyond_16_bits_are_found_where_they_begin(tmp_path) -> None:

@@ -10,21 +10,13 @@ from torch import Tensor, nn
 
 from kd_lightning.export import export, integer_operators
 from kd_lightning.models import CNN8, MLP32
-from tests.export.networks import images, quantized, resnet, seeded
+from tests.export.networks import images, outputs, quantized, resnet, seeded
 
 onnx, onnxruntime, openvino, _ = (
     pytest.importorskip(name, exc_type=ImportError) for name in ("onnx", "onnxruntime", "openvino", "onnxscript")
 )
 INPUTS, COLOURED = images(), images(32, 3, 32)
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
-
-
-def outputs(path: Path, inputs: Tensor) -> Tensor:
-    if path.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(["logits"], {"input": inputs.numpy()})[0])
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return torch.from_numpy(compiled({"input": inputs.numpy()})["logits"])
 
 
 def stored(path: Path) -> Counter[str]:
