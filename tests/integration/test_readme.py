@@ -13,7 +13,11 @@ from kd_lightning.cli import conf_dir
 from tests.command import environment
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "# my_losses.py" not in block]
+PYTHON = {  # by section, where one may read what another wrote
+    section.partition("\n")[0]: blocks
+    for section in re.split(r"^##+ ", README, flags=re.MULTILINE)
+    if (blocks := re.findall(r"```python\n(.*?)```", section, re.DOTALL)) and "# my_losses.py" not in section
+}
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -22,12 +26,13 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_python_runs_as_written(block: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("section", PYTHON)
+def test_python_runs_as_written(section: str, tmp_path: Path) -> None:
+    for block in PYTHON[section]:
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)
