@@ -1,6 +1,7 @@
 """ONNX files, in each precision."""
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,8 +105,15 @@ def _dynamic(model: Any) -> Any:
 
 def _four_bit_products(model: Any) -> Any:
     """Store the weights of matrix products in 4 bits."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.onnx_model import ONNXModel
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    finally:  # the import calls logging.basicConfig, and everybody's lines would be printed from then on
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
     wrapped = ONNXModel(model)
     wrapped.replace_gemm_with_matmul()  # the quantiser passes over Gemm without a word

@@ -1,6 +1,9 @@
 """Weights in fewer bits: the file does what the fake-quantised network does, in the operators that were promised."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -102,3 +105,25 @@ def test_a_quantiser_that_finds_nothing_is_an_error(tmp_path) -> None:
         with pytest.raises(ValueError, match=f"Flatten has no weight that {precision} changes: expected .* Reshape"):
             export(nn.Flatten(), INPUTS, tmp_path / "s.onnx", precision=precision)
     assert not list(tmp_path.iterdir())
+
+
+SILENT = """
+import logging, pathlib, sys
+from kd_lightning.export import export
+from tests.export.networks import images, seeded
+
+for name, format in (("s.onnx", "onnx"), ("s.xml", "openvino")):
+    export(seeded(), images(), pathlib.Path(sys.argv[1], name), format, "int4", least_agreement=0.5)
+assert not logging.getLogger().handlers
+assert logging.getLogger().level == logging.WARNING
+"""
+
+
+def test_the_packages_that_quantise_stay_silent(tmp_path) -> None:
+    """One of them sets up the root logger where nobody has yet, as pytest has: in a process of its own."""
+    pytest.importorskip("nncf", exc_type=ImportError)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", SILENT, tmp_path]
+    done = subprocess.run(command, timeout=300, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
