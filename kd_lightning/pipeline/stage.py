@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
+from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
@@ -182,8 +183,11 @@ def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished |
         batches = loader_batches(data.train_dataloader())
         source = Teacher(teacher.network()) if teacher is not None else recipe.source()
         dry_run(batches, network, source, objective, Classification())
+    specs = [callback.spec for callback in recipe.callbacks() if isinstance(callback, QuantizationAwareTraining)]
     if recipe.quantizing is not None:
-        prepare(network, recipe.quantizing.spec)
+        specs.append(recipe.quantizing.spec)
+    if specs:
+        prepare(network, specs[0])
     return network
 
 
