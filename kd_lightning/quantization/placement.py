@@ -52,7 +52,9 @@ class Placement:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = (QuantizedLayer, Quantizer)
+        known = (QuantizedLayer, Quantizer, nn.MultiheadAttention, *QUANTIZED)
+        if any(isinstance(child, tuple(QUANTIZED)) for child in m.modules()) and not isinstance(m, known):
+            return False  # torch's own blocks, such as TransformerEncoderLayer, are looked into
         return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
 
 

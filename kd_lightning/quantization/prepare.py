@@ -65,6 +65,10 @@ def prepare(network: nn.Module, spec: QuantizationSpec | None = None) -> nn.Modu
         device = next((p.device for p in network.parameters()), torch.device("cpu"))
         module.output_quantizer = ActivationQuantizer(spec, lower, upper).to(device).train(module.training)
         module.register_forward_hook(_quantize_output)
+    for module in modules.values():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In eval mode it computes with its layers' weights in one call, unless it has hooks.
+            module.register_forward_pre_hook(_call_the_layers)
     setattr(network, _SPEC, spec)
     setattr(network, _PLACEMENT, placement)
     return network
@@ -172,6 +176,9 @@ def quantized_layers(network: nn.Module) -> list[LayerReport]:
         elif isinstance(module, tuple(QUANTIZED)):
             why = "left out" if type(module) in QUANTIZED else f"{type(module).__name__} has a forward of its own"
             report.append(LayerReport(name, type(module).__name__, 32, 32, f"stays in float: {why}"))
+        elif isinstance(module, nn.MultiheadAttention):
+            why = "stays in float: it computes with weights of its own"
+            report.append(LayerReport(name, type(module).__name__, 32, 32, why))
     return report
 
 
@@ -219,6 +226,10 @@ def _found(network: nn.Module, attribute: str) -> Any:
         if attribute in vars(module):
             return vars(module)[attribute]
     raise ValueError("expected a prepared network, got one in float: call prepare(network) first")
+
+
+def _call_the_layers(module: Any, args: Any) -> None:
+    """Stand at module level, so that copies and pickles find it."""
 
 
 def _quantize_output(module: Any, args: Any, output: Tensor) -> Tensor:

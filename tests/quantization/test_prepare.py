@@ -17,7 +17,7 @@ from kd_lightning.quantization import (
     set_observers,
     spec_of,
 )
-from tests.quantization.networks import FunctionalResidual, PreActivation, Untraceable, settled
+from tests.quantization.networks import FunctionalResidual, PreActivation, Transformer, Untraceable, settled
 
 
 def images(*shape, count=32, seed=0):
@@ -150,6 +150,21 @@ def test_a_network_that_cannot_be_traced_is_quantised_at_its_layers():
         "the network cannot be traced (TraceError), so its output stays in float"
         in notes(prepare(Convolution()))["conv"]
     )
+
+
+def test_torchs_own_blocks_are_looked_into_and_do_not_go_around_their_layers():
+    network, x = Transformer().eval(), images(5, 8)
+    calibrate(prepare(network), batches(x))
+    assert network.block.linear1.input_quantizer.observed
+    with torch.no_grad():
+        rounded = network(x)
+        torch.testing.assert_close(rounded, network.train()(x))
+        network.block.linear2.weight_quantizer.enabled = False
+        assert not torch.equal(network.eval()(x), rounded)
+    assert notes(network) == {
+        "block.self_attn": "stays in float: it computes with weights of its own",
+        "block.self_attn.out_proj": "stays in float: NonDynamicallyQuantizableLinear has a forward of its own",
+    }
 
 
 def test_what_cannot_be_quantised_on_its_own_is_reported():
