@@ -26,20 +26,12 @@ def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Sessio
     if runtime == "openvino":
         import openvino
 
-        # f32: the runtime would otherwise take bfloat16 for what is not int8, where the CPU has it.
-        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-        core = openvino.Core()
-        model = core.read_model(str(path))
+        model = openvino.Core().read_model(str(path))
         if values:
             given = {name for output in model.outputs for name in output.get_names()}
             model.add_outputs([name for name in values if name not in given])
-        compiled = core.compile_model(model, "CPU", options)
+        compiled = in_openvino(model, threads)
         return lambda batch: [torch.from_numpy(x) for x in _in_order(compiled(feed(batch)), values)]
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
-    settings.log_severity_level = 3
     source: Any = str(path)
     if values:
         import onnx
@@ -48,8 +40,27 @@ def open_session(path: Path, runtime: str, values: Sequence[str] = ()) -> Sessio
         given = {output.name for output in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in given)
         source = model.SerializeToString()
-    session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    session = in_onnxruntime(source, threads)
     return lambda batch: [torch.from_numpy(x) for x in session.run(list(values) or None, feed(batch))]
+
+
+def in_onnxruntime(source: str | bytes, threads: int) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` of a path, or of a file's content."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
+    settings.log_severity_level = 3
+    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+
+
+def in_openvino(model: Any, threads: int) -> Any:
+    """Return an ``openvino.CompiledModel`` of a path, or of a model."""
+    import openvino
+
+    # f32: the runtime would otherwise take bfloat16 for what is not int8, where the CPU has it.
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(model, "CPU", options)
 
 
 def _in_order(found: Any, values: Sequence[str]) -> Sequence[Any]:

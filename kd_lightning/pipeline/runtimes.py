@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_lightning.export.sessions import in_onnxruntime, in_openvino
 from kd_lightning.pipeline.latency import Latency, batch_of, figures, times_s
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -20,17 +21,9 @@ Served = Callable[[Any], NDArray[np.float32]]
 def open_file(path: Path, runtime: str = "onnxruntime") -> Served:
     """Load a file with one input and one output, to run on one thread of the CPU."""
     if runtime == "openvino":
-        import openvino
-
-        # f32: the runtime would otherwise take bfloat16 for what is not int8, where the CPU has it.
-        options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        compiled = in_openvino(str(path), threads=1)
         return lambda batch: compiled([batch])[0]
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    session = in_onnxruntime(str(path), threads=1)
     name = session.get_inputs()[0].name
     return lambda batch: session.run(None, {name: batch})[0]
 

@@ -29,6 +29,7 @@ from kd_lightning.data import FashionMNIST
 from kd_lightning.losses import KD, HardLabel, kd
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.models import CNN8, CNN64, CIFARResNet, resnet8x4
+from kd_lightning.pipeline.runtimes import open_file
 from kd_lightning.quantization import QuantizationSpec, calibrate, prepare, set_fake_quantization
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
 from kd_lightning.teachers.stored import Stored
@@ -216,7 +217,7 @@ def runtimes() -> None:
             print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters; file int8 / float "
                   f"{sizes['int8'] / sizes['float']:.2f}; {integer_operators(paths['int8'])}")  # fmt: skip
             for runtime in ("onnxruntime", "openvino"):
-                sessions = {kind: session(path, runtime) for kind, path in paths.items()}
+                sessions = {kind: open_file(path, runtime) for kind, path in paths.items()}
                 for size in (1, 64):
                     x = torch.randn(size, 3, 32, 32).numpy()
                     repeats, ratios = 100 if size == 1 else 5, []
@@ -229,21 +230,6 @@ def runtimes() -> None:
                             ratios.append(ms["int8"] / ms["float"])
                     figures = f"{spread(ratios)}, {ms['int8']:.2f} ms against {ms['float']:.2f} ms"
                     print(f"{name}, {runtime}, batch {size}: int8 / float {figures}", flush=True)
-
-
-def session(path: Path, runtime: str) -> Callable[[object], object]:
-    if runtime == "openvino":
-        import openvino
-
-        options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        return openvino.Core().compile_model(str(path), "CPU", options)  # type: ignore[no-any-return]
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads, settings.inter_op_num_threads = 1, 1
-    opened = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-    (given,) = opened.get_inputs()
-    return lambda x: opened.run(None, {given.name: x})
 
 
 if __name__ == "__main__":
