@@ -17,18 +17,8 @@ _INTEGER = frozenset(
 )
 _FLOAT = frozenset(
     {
-        *(
-            "Conv",
-            "FusedConv",
-            "ConvTranspose",
-            "Gemm",
-            "FusedGemm",
-            "MatMul",
-            "FusedMatMul",
-            "MatMulNBits",
-            "Attention",
-        ),
-        *("MultiHeadAttention", "LSTM", "GRU", "RNN", "Einsum"),
+        *("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits"),
+        *("Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN", "Einsum"),
     }
 )
 

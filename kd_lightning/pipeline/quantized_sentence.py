@@ -48,8 +48,7 @@ def bits_of(model: Model) -> str:
 
 def _cost(how: str, difference: Interval, of: str) -> str:
     if difference.high < 0:
-        lost = Interval(-difference.mean, -difference.high, -difference.low)
-        return f"{how} lost {stated(lost)} against {of} in fp32"
+        return f"{how} lost {stated(-difference)} against {of} in fp32"
     if difference.low > 0:
         return f"{how} is {stated(difference)} better than {of} in fp32"
     return f"that {how} lost anything against {of} in fp32 was not shown (a difference of {within(difference)})"
@@ -61,8 +60,7 @@ def _training(differences: Mapping[str, Interval]) -> list[str]:
     if gain is None:
         return []
     if gain.high < 0:
-        worse = Interval(-gain.mean, -gain.high, -gain.low)
-        return [f"Quantisation-aware training is {stated(worse)} worse than post-training quantisation: leave it out"]
+        return [f"Quantisation-aware training is {stated(-gain)} worse than post-training quantisation: leave it out"]
     if gain.low <= 0:
         return [
             "That quantisation-aware training is better than post-training quantisation was not shown "

@@ -38,8 +38,7 @@ def sentence(
             )
     elif gain.high < 0:
         worth_it = False
-        loss = Interval(-gain.mean, -gain.high, -gain.low)
-        text = f"Not worth it: distillation costs {stated(loss)}: {who} has {figures}"
+        text = f"Not worth it: distillation costs {stated(-gain)}: {who} has {figures}"
     else:
         worth_it = False
         text = (
@@ -63,8 +62,7 @@ def _why(differences: Mapping[str, Interval], worth_it: bool, extra_images: int)
     what = f"the {extra_images:,} further images that the teacher labelled" if extra_images else "the teacher's labels"
     helped = f"{what} helped"
     if softness.high < 0:
-        worse = Interval(-softness.mean, -softness.high, -softness.low)
-        text = f"The teacher's hard labels are {stated(worse)} better than its soft ones"
+        text = f"The teacher's hard labels are {stated(-softness)} better than its soft ones"
         if worth_it or labels.low > 0:
             return [f"{text}, and {stated(labels)} better than the student alone: train on the teacher's hard labels"]
         return [f"{text}; that they are better than the student alone was not shown ({within(labels)})"]
@@ -90,8 +88,7 @@ def _gap(differences: Mapping[str, Interval]) -> list[str]:
     if gap is None:
         return ["There is no teacher among the results, so the share of the gap that was closed is not known"]
     if gap.high < 0:
-        worse = Interval(-gap.mean, -gap.high, -gap.low)
-        return [f"There is no gap to close: the teacher is {stated(worse)} worse than the student alone"]
+        return [f"There is no gap to close: the teacher is {stated(-gap)} worse than the student alone"]
     if gap.low <= 0:
         return [
             "There is no gap to close: that the teacher is better than the student alone was not shown "

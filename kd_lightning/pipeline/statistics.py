@@ -22,6 +22,10 @@ class Interval:
     low: float
     high: float
 
+    def __neg__(self) -> "Interval":
+        """Return the same difference, taken the other way round."""
+        return Interval(-self.mean, -self.high, -self.low)
+
 
 @dataclass(frozen=True)
 class Share:

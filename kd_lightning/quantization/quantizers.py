@@ -48,7 +48,7 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, spec: QuantizationSpec, axis: int | None, weight: Tensor) -> None:
         super().__init__()
-        self.bits, self.largest, self.axis, self.observer = spec.weight_bits, spec.weight_max, axis, spec.observer
+        self.largest, self.axis, self.observer = spec.weight_max, axis, spec.observer
         self.observed = True
         self.scale = None
         if spec.learned_scales:
