@@ -1,8 +1,24 @@
+import os
+
+# Before torch is imported, here, in the workers and in the commands that tests start: with more processes than cores,
+# OpenMP's threads mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from tests.command import TINY, kd_lightning
 
 collect_ignore = ["benchmarks"]  # programs that print, and import each other as such
+
+MOST_WORKERS = 8  # each imports torch, MLflow and the runtimes: about a gigabyte
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return a worker for each core that this process may use; none for a single file, or on one core."""
+    if len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
 @pytest.fixture(autouse=True)
