@@ -122,7 +122,20 @@ CASES = {
     "uld-other_vocabulary": Case(losses.ULD, "tokens", teacher_classes=7),
 }
 
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+def every(cases: Iterable[tuple[str, Case]]) -> pytest.MarkDecorator:
+    names, values = zip(*cases, strict=True)
+    return pytest.mark.parametrize("case", values, ids=names)
+
+
+# What a formula does with numbers and shapes is tested case by case; what all cases of a class share, once a class.
+every_case = every(CASES.items())
+every_class = every({type(case.make()): (name, case) for name, case in reversed(CASES.items())}.values())
+every_formula = every((name, case) for name, case in CASES.items() if case.logits == "vectors")
+every_formula_on_logits = every(
+    (name, case) for name, case in CASES.items() if case.logits == "vectors" and not case.make().student_layers
+)
+every_shape = every((name, case) for name, case in CASES.items() if not name.endswith("-standardized"))
 
 
 class Network(nn.Module):
@@ -252,30 +265,23 @@ def test_every_loss_has_a_case() -> None:
 # Precision
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_outputs_give_what_the_same_numbers_give_in_float32(case: Case, dtype: torch.dtype) -> None:
-    objective, target = built(case), labels(case)
-    student, teacher = (mapped(lambda x: x.to(dtype), outputs(case, role)) for role in (STUDENT, TEACHER))
-    expected = value(deepcopy(objective), *(mapped(Tensor.float, x) for x in (student, teacher)), target)
-    total = assert_trains(objective, student, teacher, target, autocast=dtype)
-    assert total.dtype == torch.float32
-    assert torch.equal(total, expected)
-
-
-@every_case
-def test_autocast_changes_nothing(case: Case) -> None:
+@every_class
+def test_autocast_and_half_precision_outputs_are_computed_in_float32(case: Case) -> None:
     objective, both, target = built(case), [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
+    for dtype in (torch.float16, torch.bfloat16):
+        student, teacher = (mapped(lambda x, d=dtype: x.to(d), given) for given in both)
+        expected = value(deepcopy(objective), *(mapped(Tensor.float, x) for x in (student, teacher)), target)
+        total = assert_trains(deepcopy(objective), student, teacher, target, autocast=dtype)
+        assert total.dtype == torch.float32
+        assert torch.equal(total, expected)
     objective.eval()
     expected = value(objective, *both, target)
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
-            total = value(objective, *both, target)
-        assert total.dtype == torch.float32
-        assert torch.equal(total, expected)
+            assert torch.equal(value(objective, *both, target), expected)
 
 
-@every_case
+@every_class
 def test_bfloat16_parameters_train_on_bfloat16_outputs(case: Case) -> None:
     """As in precision="bf16-true"."""
     objective, target = built(case, torch.bfloat16), labels(case)
@@ -288,7 +294,7 @@ def test_bfloat16_parameters_train_on_bfloat16_outputs(case: Case) -> None:
 # Numbers at which a formula may fail
 
 
-@every_case
+@every_formula
 def test_huge_outputs_give_finite_values_and_gradients(case: Case) -> None:
     student, teacher = (
         given._replace(logits=1e4 * given.logits.sign(), features={name: 1e4 * x for name, x in given.features.items()})
@@ -300,15 +306,15 @@ def test_huge_outputs_give_finite_values_and_gradients(case: Case) -> None:
     assert_trains(objective, outputs(case, STUDENT), teacher, target)
 
 
-@every_case
-@pytest.mark.parametrize("role", [STUDENT, TEACHER])
-def test_one_class_may_have_all_the_probability(case: Case, role: int) -> None:
-    objective, both = built(case), [outputs(case, STUDENT), outputs(case, TEACHER)]
-    for certain in (0, CLASSES - 1):
-        logits = torch.full_like(both[role].logits, -1e4)
-        logits.select(1 if case.logits == "dense" else -1, certain).fill_(1e4)
-        both[role] = both[role]._replace(logits=logits)
-        assert_trains(objective, *both, labels(case))
+@every_formula_on_logits
+def test_one_class_may_have_all_the_probability(case: Case) -> None:
+    for role in (STUDENT, TEACHER):
+        objective, both = built(case), [outputs(case, STUDENT), outputs(case, TEACHER)]
+        for certain in (0, CLASSES - 1):
+            logits = torch.full_like(both[role].logits, -1e4)
+            logits[:, certain] = 1e4
+            both[role] = both[role]._replace(logits=logits)
+            assert_trains(objective, *both, labels(case))
 
 
 def largest(loss: DistillationLoss) -> float:
@@ -323,41 +329,31 @@ def largest(loss: DistillationLoss) -> float:
     return bound
 
 
-@every_case
-def test_all_samples_of_a_batch_may_be_the_same(case: Case) -> None:
-    student, teacher = (
-        mapped(lambda x: x[:1].expand(x.shape).clone(), outputs(case, role)) for role in (STUDENT, TEACHER)
-    )
-    objective, target = built(case), labels(case)
-    at_most = largest(loss_of(objective))
-    assert_trains(objective, student, teacher, target, at_most=at_most)
-    assert_trains(objective, student, outputs(case, TEACHER), target, at_most=at_most)
-    assert_trains(objective, outputs(case, STUDENT), teacher, target, at_most=at_most)
+DEGENERATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "the same samples": lambda x: x[:1].expand(x.shape).clone(),
+    "zeros": torch.zeros_like,
+    "ones": torch.ones_like,
+    "a zero sample": lambda x: x.index_fill(0, torch.tensor(0), 0.0),
+    "a zero channel": lambda x: x.index_fill(1, torch.tensor(0), 0.0),
+}
+"""Outputs as those of a classifier that starts at zero, of a dead layer, or of a constant image."""
 
 
-@every_case
-def test_outputs_may_be_constant(case: Case) -> None:
-    """As those of a classifier that starts at zero, or of a dead layer."""
+@every_formula
+def test_outputs_may_be_the_same_or_constant(case: Case) -> None:
     objective, both, target = built(case), [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
     at_most = largest(loss_of(objective))
-    for constant in (0.0, 1.0):
-        student, teacher = (mapped(lambda x, c=constant: torch.full_like(x, c), given) for given in both)
+    for change in DEGENERATE.values():
+        student, teacher = (mapped(change, given) for given in both)
         assert_trains(objective, student, teacher, target, at_most=at_most)
         assert_trains(objective, student, both[TEACHER], target, at_most=at_most)
         assert_trains(objective, both[STUDENT], teacher, target, at_most=at_most)
 
 
-@every_case
-def test_one_sample_or_channel_may_be_zero(case: Case) -> None:
-    objective, both, target = built(case), [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
-    at_most = largest(loss_of(objective))
-    for dim in (0, 1):
-        student, teacher = (mapped(lambda x, d=dim: x.index_fill(d, torch.tensor(0), 0.0), given) for given in both)
-        assert_trains(objective, student, both[TEACHER], target, at_most=at_most)
-        assert_trains(objective, student, teacher, target, at_most=at_most)
+# Shapes and targets
 
 
-@every_case
+@every_shape
 def test_a_batch_of_one_is_enough_or_refused(case: Case) -> None:
     objective = built(case)
     loss, one = loss_of(objective), (outputs(case, STUDENT, 1), outputs(case, TEACHER, 1), labels(case, 1))
@@ -368,25 +364,26 @@ def test_a_batch_of_one_is_enough_or_refused(case: Case) -> None:
         assert_trains(objective, *one)
 
 
-@every_case
-@pytest.mark.parametrize("given", ["ignored", "none"])
-def test_a_batch_without_labels(case: Case, given: str) -> None:
-    objective = built(case)
-    student, teacher = leaves(outputs(case, STUDENT)), outputs(case, TEACHER)
-    target = torch.full_like(labels(case), -100) if given == "ignored" else None
-    total = value(objective, student, teacher, target)
-    total.backward()
-    assert total.isfinite()
-    # DDP waits for each of the parameters' gradients.
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in objective.parameters())
-    gradients = [x.grad for x in read(loss_of(objective), student)]
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    if loss_of(objective).needs_labels:
-        assert total == 0
-        assert not any(gradient.any() for gradient in gradients)
+@every_shape
+def test_a_batch_without_labels(case: Case) -> None:
+    for target in (torch.full_like(labels(case), -100), None):
+        objective = built(case)
+        student, teacher = leaves(outputs(case, STUDENT)), outputs(case, TEACHER)
+        total = value(objective, student, teacher, target)
+        total.backward()
+        assert total.isfinite()
+        # DDP waits for each of the parameters' gradients.
+        assert all(
+            parameter.grad is not None and parameter.grad.isfinite().all() for parameter in objective.parameters()
+        )
+        gradients = [x.grad for x in read(loss_of(objective), student)]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        if loss_of(objective).needs_labels:
+            assert total == 0
+            assert not any(gradient.any() for gradient in gradients)
 
 
-@every_case
+@every_shape
 def test_probabilities_as_target_are_taken_or_refused(case: Case) -> None:
     """As mixup gives them."""
     target = outputs(case, STUDENT).logits.softmax(1 if case.logits == "dense" else -1)
@@ -397,7 +394,7 @@ def test_probabilities_as_target_are_taken_or_refused(case: Case) -> None:
         assert_trains(objective, outputs(case, STUDENT), outputs(case, TEACHER), target)
 
 
-@every_case
+@every_shape
 def test_the_layout_in_memory_changes_nothing(case: Case) -> None:
     """Channels last, and transposed tensors."""
     both, target = [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
@@ -413,20 +410,13 @@ def test_the_layout_in_memory_changes_nothing(case: Case) -> None:
 
 
 @every_case
-def test_the_gradient_reaches_what_the_loss_reads_of_the_student_and_nothing_of_the_teacher(case: Case) -> None:
-    objective = built(case)
-    student, teacher = leaves(outputs(case, STUDENT)), leaves(outputs(case, TEACHER))
-    value(objective, student, teacher, labels(case)).backward()
-    loss = loss_of(objective)
-    assert all(x.grad is not None and x.grad.any() for x in read(loss, student))
+def test_the_gradient_is_that_of_the_value_and_reaches_the_student_alone(case: Case) -> None:
+    objective, target = built(case, torch.float64), labels(case)
+    student, teacher = (leaves(mapped(Tensor.double, outputs(case, role))) for role in (STUDENT, TEACHER))
+    value(objective, student, teacher, target).backward()  # CRD's normaliser follows from it, and is a constant then
+    assert all(x.grad is not None and x.grad.any() for x in read(loss_of(objective), student))
     assert all(x.grad is None for x in (teacher.logits, *teacher.features.values()))
 
-
-@every_case
-def test_the_gradient_is_that_of_the_value(case: Case) -> None:
-    objective, target = built(case, torch.float64), labels(case)
-    student, teacher = (mapped(Tensor.double, outputs(case, role)) for role in (STUDENT, TEACHER))
-    value(objective, student, teacher, target)  # CRD's normaliser follows from the first batch, and is a constant then
     objective.eval()  # batch statistics and masks stay as they are
     names = loss_of(objective).student_layers
 
@@ -444,7 +434,7 @@ def test_the_gradient_is_that_of_the_value(case: Case) -> None:
 # Parameters and state
 
 
-@every_case
+@every_formula
 def test_parameters_are_made_when_built_and_all_of_them_learn(case: Case) -> None:
     objective, both = built(case), [outputs(case, role) for role in (STUDENT, TEACHER)]
     before = dict(objective.named_parameters())
@@ -457,7 +447,7 @@ def test_parameters_are_made_when_built_and_all_of_them_learn(case: Case) -> Non
     assert all(parameter.requires_grad for parameter in before.values())
 
 
-@every_case
+@every_class
 def test_the_state_is_loaded_into_a_loss_built_anew(case: Case) -> None:
     one, other = built(case), built(case, seed=1)
     both, target = [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
@@ -468,56 +458,43 @@ def test_the_state_is_loaded_into_a_loss_built_anew(case: Case) -> None:
     assert torch.equal(value(one, *both, target), value(other, *both, target))
 
 
-@every_case
-@pytest.mark.parametrize("copied", [deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_a_copy_gives_the_same_value(case: Case, copied: Callable[[Any], Any]) -> None:
+@every_class
+def test_a_copy_gives_the_same_value(case: Case) -> None:
     objective, both, target = built(case), [outputs(case, role) for role in (STUDENT, TEACHER)], labels(case)
     assert_trains(objective, *both, target)
-    copy = copied(objective)
-    assert not {id(p) for p in copy.parameters()} & {id(p) for p in objective.parameters()}
-    assert torch.equal(value(copy, *both, target), value(objective, *both, target))
+    copies = deepcopy(objective), pickle.loads(pickle.dumps(objective))
+    expected = value(objective, *both, target)
+    for copy in copies:
+        assert not {id(p) for p in copy.parameters()} & {id(p) for p in objective.parameters()}
+        assert torch.equal(value(copy, *both, target), expected)
 
 
 # What is refused
 
 
-@every_case
-def test_a_negative_weight_is_refused(case: Case) -> None:
+@every_class
+def test_a_negative_weight_and_a_temperature_that_is_not_positive_are_refused(case: Case) -> None:
     with pytest.raises(ValueError, match=r"expected weight >= 0, got -0\.5"):
         case.make(weight=-0.5)
+    if "temperature" in inspect.signature(type(case.make())).parameters:
+        for temperature in (0.0, -1.0):
+            with pytest.raises(ValueError, match=f"expected temperature > 0, got {temperature}"):
+                case.make(temperature=temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, id=n) for n, c in CASES.items() if "temperature" in inspect.signature(type(c.make())).parameters],
-)
-def test_a_temperature_that_is_not_positive_is_refused(case: Case, temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"expected temperature > 0, got {temperature}"):
-        case.make(temperature=temperature)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name)
-        for name, case in CASES.items()
-        if (loss := case.make()).needs_teacher and loss.needs_same_classes
-    ],
-)
-@pytest.mark.parametrize("teacher_classes", [CLASSES - 1, CLASSES + 1])
-def test_other_classes_than_the_teachers_are_refused(case: Case, teacher_classes: int) -> None:
-    objective = DistillationObjective({"loss": case.make()})
-    student, teacher = outputs(case, STUDENT), outputs(case._replace(teacher_classes=teacher_classes), TEACHER)
-
-    def first_step() -> None:
+@every((name, case) for name, case in CASES.items() if (loss := case.make()).needs_teacher and loss.needs_same_classes)
+def test_other_classes_than_the_teachers_are_refused(case: Case) -> None:
+    def first_step(teacher_classes: int) -> None:
+        objective = DistillationObjective({"loss": case.make()})
+        student, teacher = outputs(case, STUDENT), outputs(case._replace(teacher_classes=teacher_classes), TEACHER)
         objective.build(student, teacher, network(STUDENT), network(TEACHER, teacher_classes))
         value(objective, student, teacher, labels(case))
 
-    with pytest.raises(ValueError, match=r"loss 'loss'.*expected") as error:
-        first_step()
-    assert str(CLASSES) in str(error.value)
-    assert str(teacher_classes) in str(error.value)
+    for teacher_classes in (CLASSES - 1, CLASSES + 1):
+        with pytest.raises(ValueError, match=r"loss 'loss'.*expected") as error:
+            first_step(teacher_classes)
+        assert str(CLASSES) in str(error.value)
+        assert str(teacher_classes) in str(error.value)
 
 
 # In a training
