@@ -3,8 +3,13 @@ import os
 # Before torch is imported, here, in the workers and in the commands that tests start: with more processes than cores,
 # OpenMP's threads mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test reports to the server of whoever runs it.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
+os.environ.pop("MLFLOW_RUN_ID", None)
 
 import pytest
+from filelock import FileLock
 
 from tests.command import TINY, kd_lightning
 
@@ -21,15 +26,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
-@pytest.fixture(autouse=True)
-def _no_tracking_server_of_the_shell(monkeypatch):
-    """No test reports to the server of whoever runs it."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of one small pipeline, and what it printed; not to be written to."""
-    folder = tmp_path_factory.mktemp("finished")
-    return folder, kd_lightning(*TINY, cwd=folder)
+    """The folder of one small pipeline, and what it printed; read-only, and the same for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, printed = base / "finished", base / "finished.txt"
+    with FileLock(base / "finished.lock"):
+        if not printed.is_file():
+            folder.mkdir()
+            printed.write_text(kd_lightning(*TINY, cwd=folder))
+    return folder, printed.read_text()

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.cli import conf_dir
-from tests.command import TINY, copied, kd_lightning
+from tests.command import TINY, copied, kd_lightning, kd_lightning_anew
 from tests.pipeline.test_pipeline import runs
+
+pytestmark = pytest.mark.integration
 
 LOSSES = ", ".join(sorted(file.stem for file in (conf_dir() / "losses").glob("*.yaml")))
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -49,7 +51,7 @@ def test_a_loss_of_ones_own_is_the_readmes_file_yaml_and_command(finished, tmp_p
     assert (python_path, program) == ("PYTHONPATH=.", "kd-lightning")
     # Beside what the tests themselves run with.
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    printed = kd_lightning(*arguments, *TINY, "stages=[teacher,distilled]", cwd=folder, PYTHONPATH=path)
+    printed = kd_lightning_anew(*arguments, *TINY, "stages=[teacher,distilled]", cwd=folder, PYTHONPATH=path)
     assert "distilled-logits_l1-s0" in printed
     _, _, children = runs(folder)
     values = children[-1].data.metrics

@@ -70,6 +70,7 @@ def test_a_loss_nests_under_its_own_name_and_folders_mirror_the_package() -> Non
     assert ours <= package
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("fashion_mnist/")])
 def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
     arguments = [f"experiment={name}", "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]

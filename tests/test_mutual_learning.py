@@ -143,6 +143,7 @@ else:
 """
 
 
+@pytest.mark.integration
 def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

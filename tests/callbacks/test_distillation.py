@@ -597,6 +597,7 @@ torch.save(
 """
 
 
+@pytest.mark.integration
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

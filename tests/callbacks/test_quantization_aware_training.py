@@ -625,6 +625,7 @@ torch.save({"ranges": seen, "lows": lows, "student": t.weights(module.student)},
 """
 
 
+@pytest.mark.integration
 def test_two_processes_have_the_same_ranges(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -178,6 +178,7 @@ torch.save((module.seen, module.validated), f"{sys.argv[1]}/{module.global_rank}
 """
 
 
+@pytest.mark.integration
 def test_two_processes_share_the_samples_of_each_epoch(tmp_path: Path):
     script, root = tmp_path / "train.py", Path(__file__).parents[2]
     script.write_text(SCRIPT)

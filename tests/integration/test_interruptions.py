@@ -13,6 +13,8 @@ from kd_lightning import load_student
 from tests.command import environment, kd_lightning
 from tests.pipeline.test_pipeline import runs
 
+pytestmark = pytest.mark.integration
+
 ARGUMENTS = ["teacher.trainer.max_steps=60", "trainer.max_steps=1000", "seeds=[0]", "stages=[teacher,student]"]
 
 

@@ -26,6 +26,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("section", PYTHON)
 def test_python_runs_as_written(section: str, tmp_path: Path) -> None:
     for block in PYTHON[section]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY_RUN = ["teacher.trainer.max_steps=60", "trainer.max_steps=4", "seeds=[0]"]
 

@@ -90,6 +90,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", COMPARING)
 def test_two_processes_learn_what_one_learns_from_the_whole_batch(name: str, two_processes: Path) -> None:
     ranks = [torch.load(two_processes / f"rank{rank}.pt", weights_only=True)[name] for rank in (0, 1)]
@@ -102,12 +103,14 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(name: str, two
     torch.testing.assert_close(ranks[0], whole, rtol=1e-4, atol=1e-4 * moved.item())
 
 
+@pytest.mark.integration
 def test_without_gathering_each_process_compares_its_own(two_processes: Path) -> None:
     """What the test above could not tell apart if half a batch gave the same."""
     whole, half = (learnt(fitted("pkt", size)) for size in (24, 12))
     assert not torch.allclose(whole["stem.weight"], half["stem.weight"], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.integration
 def test_batches_of_different_lengths_are_joined_and_the_gradients_of_all_processes_summed(two_processes: Path) -> None:
     for rank in (0, 1):
         whole, gradient, numbers = torch.load(two_processes / f"gathered{rank}.pt", weights_only=True)
@@ -116,6 +119,7 @@ def test_batches_of_different_lengths_are_joined_and_the_gradients_of_all_proces
         assert numbers.tolist() == [0, 1]
 
 
+@pytest.mark.integration
 def test_a_teachers_best_classes_are_gathered_with_its_features(two_processes: Path) -> None:
     for rank in (0, 1):
         indices, log_probs, feature = torch.load(two_processes / f"best{rank}.pt", weights_only=True)

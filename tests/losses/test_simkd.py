@@ -193,6 +193,7 @@ def test_layers_of_different_kinds_and_wrong_reductions_are_refused() -> None:
         SimKD("a", reduction=5).build(maps, maps)
 
 
+@pytest.mark.integration
 def test_a_pipeline_tests_and_reuses_the_changed_student(tmp_path: Path) -> None:
     layers = {"student_layer": "flatten", "teacher_layer": "hidden"}
     layers |= {"student_classifier": "head", "teacher_classifier": "head"}

@@ -1,4 +1,4 @@
-"""Whole pipelines, small: what they leave, what they use again, and what they refuse."""
+"""Whole pipelines, small: what they use again, and what they refuse."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_lightning import load_student
-from kd_lightning.models import CNN8
-from tests.command import TINY, copied, kd_lightning
+from tests.command import TINY, copied, kd_lightning, kd_lightning_anew
+
+pytestmark = pytest.mark.integration
 
 MAIN = ("teacher-hard_label-s0", "student-hard_label-s0", "control-deit_hard-s0", "distilled-kd-T4-s0")
 
@@ -29,48 +29,6 @@ def runs(folder: Path):
 def weights(folder: Path) -> dict[str, float]:
     """When each stage's weights were written."""
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("mlruns/stages/*/final.ckpt")}
-
-
-def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
-    client, (parent,), children = runs(finished[0])
-    assert tuple(run.info.run_name for run in children) == MAIN
-    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    for run in children:
-        assert run.data.tags["mlflow.parentRunId"] == run.data.tags["kd.pipeline"] == parent.info.run_id
-        assert run.data.tags["kd.seed"] == "0"
-        assert {"final/acc", "final/agreement", "final/retention", "final/params", "final/size_mb"} <= set(
-            run.data.metrics
-        )
-        assert {"final/latency_ms_p50", "final/throughput_per_s", "final/train_seconds"} <= set(run.data.metrics)
-        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "final.ckpt"}
-    distilled = children[-1]
-    assert distilled.data.tags["kd.role"] == "distilled"
-    assert distilled.data.tags["kd.method"] == "kd-T4"
-    assert distilled.data.params["losses/kd/temperature"] == "4.0"
-    logged = distilled.data.metrics
-    assert {"train/loss", "train/loss/kd", "train/loss/hard_label", "train/loss_weighted/kd"} <= set(logged)
-    assert logged["train/loss_weighted/kd"] == pytest.approx(0.9 * logged["train/loss/kd"], rel=1e-5)
-    assert logged["kd/temperature"] == 4.0
-    assert 0 < logged["kd/teacher_entropy"] < 1
-    assert parent.data.metrics["final/distilled/acc"] == pytest.approx(logged["final/acc"])
-    assert "verdict.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}
-
-
-def test_the_verdict_is_printed_and_is_strict_json(finished) -> None:
-    folder, printed = finished
-    (file,) = folder.glob("mlruns/stages/pipeline-*/verdict.json")
-    verdict = json.loads(file.read_text(), parse_constant=pytest.fail)
-    assert set(verdict["models"]) == {"teacher", "student", "control", "distilled"}
-    assert isinstance(verdict["worth_it"], bool)
-    assert " ".join(verdict["sentence"].split()) in " ".join(printed.split())
-    assert "mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in printed
-    assert verdict["models"]["student"]["params"] == 6218
-
-
-def test_the_students_checkpoint_is_the_bare_networks(finished) -> None:
-    (file,) = finished[0].glob("mlruns/stages/distilled-*/final.ckpt")
-    CNN8().load_state_dict(torch.load(file, weights_only=True)["state_dict"])
-    CNN8().load_state_dict(load_student(file))
 
 
 def test_the_same_command_again_trains_nothing(finished, tmp_path: Path) -> None:
@@ -252,7 +210,9 @@ def test_training_for_few_bits_is_one_more_callback(tmp_path: Path) -> None:
 
 
 def test_two_processes_make_one_result(tmp_path: Path) -> None:
-    printed = kd_lightning(*TINY, "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", cwd=tmp_path)
+    printed = kd_lightning_anew(
+        *TINY, "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=cpu", cwd=tmp_path
+    )
     assert printed.count("distilled-kd-T4-s0: ") == 1
     _, parents, children = runs(tmp_path)
     assert len(parents) == 1

@@ -46,6 +46,7 @@ def result(folder: Path, name: str) -> dict:
     return json.loads((stage(folder, name) / "result.json").read_text())["result"]
 
 
+@pytest.mark.integration
 def test_every_run_stands_in_mlflow_with_what_was_quantised(quantized) -> None:
     client, parents, children = runs(quantized[0])
     ours = {run.info.run_name: run for run in children if run.data.tags["kd.pipeline"] == parents[-1].info.run_id}
@@ -63,6 +64,7 @@ def test_every_run_stands_in_mlflow_with_what_was_quantised(quantized) -> None:
     assert "train/loss/kd" in ours["quantized-distilled-qat-int8-s0"].data.metrics
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", [name for name in OURS if name.startswith("quantized")])
 def test_what_is_scored_is_what_the_file_predicts(quantized, name: str) -> None:
     folder = stage(quantized[0], name)
@@ -84,6 +86,7 @@ def test_what_is_scored_is_what_the_file_predicts(quantized, name: str) -> None:
     assert found["quantized"]["file_mb"] == pytest.approx((folder / "model.onnx").stat().st_size / 1e6)
 
 
+@pytest.mark.integration
 def test_the_verdict_has_a_row_for_each_and_says_what_it_costs(quantized) -> None:
     folder, printed = quantized
     verdicts = [json.loads(file.read_text()) for file in folder.glob("mlruns/stages/pipeline-*/verdict.json")]
@@ -103,6 +106,7 @@ def test_the_verdict_has_a_row_for_each_and_says_what_it_costs(quantized) -> Non
     assert "INFO" not in printed
 
 
+@pytest.mark.integration
 def test_the_control_in_float_trains_on_from_the_distilled_student(quantized) -> None:
     before, after = (load_student(stage(quantized[0], name) / "final.ckpt") for name in (MAIN[3], "continued-kd-T4-s0"))
     CNN8().load_state_dict(after)
@@ -111,6 +115,7 @@ def test_the_control_in_float_trains_on_from_the_distilled_student(quantized) ->
     assert 0 < moved < 10 * 0.1 * 2e-3 * 3  # steps of Adam at a tenth of the learning rate
 
 
+@pytest.mark.integration
 def test_the_same_command_again_trains_nothing_and_a_lost_file_is_made_again(quantized, tmp_path: Path) -> None:
     folder = copied(quantized[0], tmp_path)
     (stage(folder, "quantized-student-ptq-int8-s0") / "model.onnx").unlink()
@@ -121,6 +126,7 @@ def test_the_same_command_again_trains_nothing_and_a_lost_file_is_made_again(qua
     assert (again["accuracy"], again["quantized"]) == (before["accuracy"], before["quantized"])
 
 
+@pytest.mark.integration
 def test_what_the_losses_have_learnt_goes_on(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     arguments = ["losses=[kd,hint]", "losses.hint.student_layer=block3", "losses.hint.teacher_layer=block4"]

@@ -70,6 +70,7 @@ def run(capfd: pytest.CaptureFixture[str]):
     return printed
 
 
+@pytest.mark.integration
 def test_sources_are_rows_of_one_comparison(folder: Path) -> None:
     pytest.importorskip("onnxruntime", exc_type=ImportError)
     variants = "live:{teachers:live},average:{teachers:momentum},int8:{teachers:runtime},"
@@ -99,6 +100,7 @@ def test_sources_are_rows_of_one_comparison(folder: Path) -> None:
     assert 0.9 < (live == int8).mean() < 1
 
 
+@pytest.mark.integration
 def test_the_average_needs_no_teacher_and_the_control_keeps_it(folder: Path, run) -> None:
     printed = run("teachers=momentum", "stages=[student,distilled,verdict]")
     assert printed.count("reused") == 1
@@ -107,11 +109,13 @@ def test_the_average_needs_no_teacher_and_the_control_keeps_it(folder: Path, run
     assert "reused" not in run("teachers=momentum", "teachers.decay=0.5", "stages=[distilled]")
 
 
+@pytest.mark.integration
 def test_stored_is_the_stage_store_outputs(folder: Path, run) -> None:
     assert "stored outputs: 300 samples" in run("teachers=stored", "stages=[teacher,distilled]")
     assert run("stages=[teacher,store_outputs,distilled]").count("reused") == 2
 
 
+@pytest.mark.integration
 def test_members_from_checkpoints_are_told_apart_by_their_weights(folder: Path, run) -> None:
     (weights,) = folder.glob("mlruns/stages/teacher-*/final.ckpt")
     shutil.copy(weights, "a.ckpt")
@@ -130,6 +134,7 @@ def test_members_from_checkpoints_are_told_apart_by_their_weights(folder: Path, 
     assert "reused" not in run(*given)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "source", [["teachers=momentum"], ["teachers=ensemble", "teachers.teachers=[a.ckpt,b.ckpt]"]], ids=lambda x: x[0]
 )
@@ -147,6 +152,7 @@ def test_quantised_students_go_on_with_their_source_and_members_are_not_quantise
     assert f"[{len(names)}/{len(names)}]" in printed
 
 
+@pytest.mark.integration
 def test_the_batches_of_ones_own_data_teach_student_and_control(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run
 ) -> None:

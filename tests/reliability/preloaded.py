@@ -1,4 +1,4 @@
-"""Start ``kd-lightning`` many times: each command is a process of its own, forked from one that has imported everything.
+"""Start ``kd-lightning`` many times, each a process of its own, forked from one that has imported everything.
 
 An import takes some six seconds, a fork a hundredth of one. The parent imports, runs no operator of PyTorch and so has
 no thread that a child would miss; what a child does is what ``python -m kd_lightning`` does from there on.
@@ -107,10 +107,18 @@ class Preloaded:
         asked = {"start": list(arguments), "cwd": str(cwd), "output": str(output), "environment": environment}
         return Command(self.ask(asked)["pid"], output, self)
 
-    def run(self, *arguments: str, cwd: Path, output: Path, code: int = 0, **environment: str | None) -> str:
+    def run(
+        self,
+        *arguments: str,
+        cwd: Path,
+        output: Path,
+        code: int = 0,
+        seconds: float = 120,
+        **environment: str | None,
+    ) -> str:
         """Return what it printed; it has to end with ``code``."""
         command = self.start(*arguments, cwd=cwd, output=output, **environment)
-        ended = command.wait()
+        ended = command.wait(seconds)
         assert ended == code, f"{arguments} ended with {ended}:\n{command.printed()[-6000:]}"
         return command.printed()
 

@@ -22,6 +22,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.integration
 def test_two_gloo_processes_write_half_of_the_shards_each(tmp_path) -> None:
     environment = {
         **os.environ,

@@ -264,6 +264,7 @@ def data(batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(*samples(64)), batch_size=batch_size)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["module", "callback"])
 def test_all_processes_have_the_same_one(kind: str, tmp_path: Path) -> None:
     """Batch statistics, too, which differ between processes after each forward pass."""

@@ -1,0 +1,52 @@
+"""What a whole pipeline leaves: runs, a verdict and checkpoints."""
+
+import json
+
+import pytest
+import torch
+
+from kd_lightning import load_student
+from kd_lightning.models import CNN8
+from tests.pipeline.test_pipeline import MAIN, runs
+
+
+def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
+    client, (parent,), children = runs(finished[0])
+    assert tuple(run.info.run_name for run in children) == MAIN
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    for run in children:
+        assert run.data.tags["mlflow.parentRunId"] == run.data.tags["kd.pipeline"] == parent.info.run_id
+        assert run.data.tags["kd.seed"] == "0"
+        assert {"final/acc", "final/agreement", "final/retention", "final/params", "final/size_mb"} <= set(
+            run.data.metrics
+        )
+        assert {"final/latency_ms_p50", "final/throughput_per_s", "final/train_seconds"} <= set(run.data.metrics)
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "final.ckpt"}
+    distilled = children[-1]
+    assert distilled.data.tags["kd.role"] == "distilled"
+    assert distilled.data.tags["kd.method"] == "kd-T4"
+    assert distilled.data.params["losses/kd/temperature"] == "4.0"
+    logged = distilled.data.metrics
+    assert {"train/loss", "train/loss/kd", "train/loss/hard_label", "train/loss_weighted/kd"} <= set(logged)
+    assert logged["train/loss_weighted/kd"] == pytest.approx(0.9 * logged["train/loss/kd"], rel=1e-5)
+    assert logged["kd/temperature"] == 4.0
+    assert 0 < logged["kd/teacher_entropy"] < 1
+    assert parent.data.metrics["final/distilled/acc"] == pytest.approx(logged["final/acc"])
+    assert "verdict.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_the_verdict_is_printed_and_is_strict_json(finished) -> None:
+    folder, printed = finished
+    (file,) = folder.glob("mlruns/stages/pipeline-*/verdict.json")
+    verdict = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert set(verdict["models"]) == {"teacher", "student", "control", "distilled"}
+    assert isinstance(verdict["worth_it"], bool)
+    assert " ".join(verdict["sentence"].split()) in " ".join(printed.split())
+    assert "mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in printed
+    assert verdict["models"]["student"]["params"] == 6218
+
+
+def test_the_students_checkpoint_is_the_bare_networks(finished) -> None:
+    (file,) = finished[0].glob("mlruns/stages/distilled-*/final.ckpt")
+    CNN8().load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    CNN8().load_state_dict(load_student(file))
