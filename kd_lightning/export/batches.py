@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.outputs import run
-from kd_lightning.tasks.batch import Batch
+from kd_lightning.tasks.batch import Batch, check_numbers
 
 
 class Positional(nn.Module):
@@ -39,7 +39,7 @@ def as_batch(example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Batch
     """Read inputs: one tensor, several, or by the names of ``forward``'s arguments.
 
     Raises:
-        ValueError: Unless all are tensors of one number of samples, one at least.
+        ValueError: Unless all are tensors of one number of samples, one at least, without NaN.
     """
     if isinstance(example, Mapping):
         batch = Batch((), dict(example), None)
@@ -52,6 +52,7 @@ def as_batch(example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Batch
             f"expected an example of one sample at least, the same number for each input, got {sorted(sizes)}: pass "
             "inputs as the network gets them, without targets"
         )
+    check_numbers(batch, "the example")
     return batch
 
 

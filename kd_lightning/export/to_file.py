@@ -1,8 +1,6 @@
 """From a student to a file that serves without this package."""
 
 import copy
-import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +13,7 @@ from kd_lightning.export.batches import as_batch
 from kd_lightning.export.compare import Comparison, compare, in_two_batches, worst_layer
 from kd_lightning.export.files import new_files
 from kd_lightning.export.formats import check_format
+from kd_lightning.export.metadata import check_normalisation, metadata_of
 from kd_lightning.export.writers import WRITERS, Job, Written
 from kd_lightning.outputs import class_dim, run
 from kd_lightning.quantization import is_prepared, set_fake_quantization, spec_of
@@ -69,10 +68,11 @@ def export(
             (torch_export) or ``.safetensors`` (state_dict).
         format: ``onnx`` (opset 21), ``openvino``, ``torch_export`` or ``state_dict``.
         precision: ``float32``; ``float16``; ``int8``, static; ``int8_dynamic``, weights of matrix products, whose
-            inputs are quantised as they come; ``int4``, weights alone.
+            inputs are quantised as they come; ``int4``, weights alone. The metadata of quantised files says on which
+            ``processors`` they are exact, and their ``weight_range``.
         classes: Names, in the order of the logits. With ``mean`` and ``std``, in the file's metadata.
-        mean: Of each channel, that was subtracted from the inputs.
-        std: Likewise; divided by.
+        mean: Subtracted from the inputs: one number for each channel, or one for all.
+        std: Likewise, what they were then divided by.
         least_agreement: Share of the samples whose best class must stay; see ``LEAST_AGREEMENT``.
 
     Raises:
@@ -92,10 +92,11 @@ def export(
         raise ValueError(f"expected least_agreement to be a share, from 0 to 1, got {least}")
     student = getattr(student, "_orig_mod", student)  # what torch.compile has wrapped
     batch, network = as_batch(example), copy.deepcopy(student).cpu().eval()
+    check_normalisation(mean, std, batch)
     _check_preparation(network, precision)
     expected = run(network, batch.args, batch.kwargs).logits.float()
     _check_outputs(network, expected, classes)
-    metadata = _metadata(student, precision, classes, mean, std)
+    metadata = metadata_of(network, precision, classes, mean, std)
     with new_files(path) as folder:
         job = Job(network, batch, precision, metadata, folder / path.name, path)
         written = WRITERS[format](job)
@@ -142,29 +143,12 @@ def _check_agreement(
     if found.finite and found.agreement >= least and found.max_difference <= most:
         return
     runtime = {"onnx": "onnxruntime", "openvino": "openvino"}.get(format)
+    overflow = spec_of(job.network).mismatch() if is_prepared(job.network) else ""
+    remedy = overflow or "take a higher precision, or train for this one; or lower least_agreement"
     where = worst_layer(job.network, job.batch, job.file, runtime, written.layers) if runtime else ""
     raise ValueError(
         f"{job.path.name} in {job.precision} gives the same class as {type(student).__name__} for "
         f"{found.agreement:.1%} of the {len(logits)} samples, its logits differ by {found.max_difference:.2g} at most; "
         f"expected {least:.1%}"
-        f"{f' and {most:.2g}' if most < float('inf') else ''}; {where}. Nothing was written: take a higher precision, "
-        "or train for this one; or lower least_agreement"
+        f"{f' and {most:.2g}' if most < float('inf') else ''}; {where}. Nothing was written: {remedy}"
     )
-
-
-def _metadata(
-    student: nn.Module, precision: str, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
-) -> dict[str, str]:
-    """Return strings; lists are JSON."""
-    lists = {
-        "classes": [str(name) for name in classes],
-        "mean": [float(x) for x in mean],
-        "std": [float(x) for x in std],
-    }
-    return {
-        "student": type(student).__name__,
-        "precision": precision,
-        "temperature": "1",
-        "kd_lightning": importlib.metadata.version("kd-lightning"),
-        **{name: json.dumps(values) for name, values in lists.items()},
-    }

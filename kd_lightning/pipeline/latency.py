@@ -10,17 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.processor import describe
+
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one sample (median and 95th percentile), and samples a second in batches of 64."""
+    """Milliseconds for one sample (median and 95th percentile), and samples a second in batches of 64.
+
+    Attributes:
+        processor: Instruction sets of the machine that measured.
+    """
 
     p50_ms: float
     p95_ms: float
     throughput_per_s: float
     runtime: str = "PyTorch"
+    processor: str = ""
 
 
 def measure(networks: Mapping[str, nn.Module], example: Tensor, *, seconds: float = 2.5) -> dict[str, Latency]:
@@ -76,12 +83,14 @@ def batch_of(example: Tensor) -> Tensor:
 
 def figures(single: Mapping[str, list[float]], batch: Mapping[str, list[float]], runtime: str) -> dict[str, Latency]:
     """Sum up the seconds of calls with one sample, and with 64."""
+    processor = describe()
     return {
         name: Latency(
             p50_ms=1000 * float(np.percentile(single[name], 50)),
             p95_ms=1000 * float(np.percentile(single[name], 95)),
             throughput_per_s=_BATCH / float(np.median(batch[name])),
             runtime=runtime,
+            processor=processor,
         )
         for name in single
     }

@@ -90,7 +90,8 @@ def _against_float(models: Mapping[str, Model], key: str) -> list[str]:
     ]
     if source is not None and source.file_mb and model.file_mb:
         found.insert(0, times(source.file_mb / model.file_mb, "smaller", "larger"))
-    return [f"Against its own file in fp32 it ({key}) is {', '.join(found)}"] if found else []
+    processor = next((f" (on {fast.processor})" for fast, _ in pairs if fast is not None and fast.processor), "")
+    return [f"Against its own file in fp32 it ({key}) is {', '.join(found)}{processor}"] if found else []
 
 
 def times(ratio: float, more: str, less: str) -> str:

@@ -12,10 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning.callbacks import QuantizationAwareTraining
+from kd_lightning.export.metadata import check_normalisation
 from kd_lightning.objective import find_objective
 from kd_lightning.pipeline.recipe import Quantizing, Recipe
+from kd_lightning.pipeline.serving import described
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.quantization import QuantizationSpec, calibrate, exportable, prepare
+from kd_lightning.tasks import Classification
 
 Run = Callable[[Recipe], Finished]
 
@@ -134,7 +137,8 @@ def check_can_be_quantized(recipes: Iterable[Recipe], settings: QuantizedStage) 
 
     Raises:
         ValueError: For a network without a layer to quantise, a layer name that it does not have, bits for which no
-            runtime has operators; for losses that change the student's architecture.
+            runtime has operators; for a mean and a std of the data that a file's inputs cannot have; for losses that
+            change the student's architecture.
     """
     checked = []
     for recipe in recipes:
@@ -150,10 +154,12 @@ def check_can_be_quantized(recipes: Iterable[Recipe], settings: QuantizedStage) 
         data = recipe.training_data()
         data.prepare_data()
         data.setup("fit")
+        batch, said = next(iter(data.train_dataloader())), described(data)
         for spec in (settings.spec, settings.weights_only):
             if spec is not None:
                 try:
-                    exportable(calibrate(prepare(recipe.network(), spec), data.train_dataloader(), 1))
+                    exportable(calibrate(prepare(recipe.network(), spec), [batch]))
+                    check_normalisation(said["mean"], said["std"], Classification().read(batch))
                 except ValueError as error:
                     raise ValueError(f"{recipe.name} cannot be quantized: {error}") from error
 

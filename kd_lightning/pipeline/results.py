@@ -206,6 +206,12 @@ class Verdict:
     differences: Mapping[str, Interval]
     models: Mapping[str, Model]
 
+    @property
+    def processor(self) -> str | None:
+        """Return the instruction sets of the machine that measured the speed, where it was measured."""
+        measured = (model.latency.processor for model in self.models.values() if model.latency is not None)
+        return next((processor for processor in measured if processor), None)
+
     def to_dict(self) -> dict[str, Any]:
         """For strict JSON: what is not a number is None."""
         return _strict(
@@ -215,6 +221,7 @@ class Verdict:
                 "distilled": self.distilled,
                 "gap_closed": asdict(self.gap_closed),
                 "differences": {name: asdict(interval) for name, interval in self.differences.items()},
+                "processor": self.processor,
                 "models": {key: model.to_dict() for key, model in self.models.items()},
             }
         )

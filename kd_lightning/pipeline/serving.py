@@ -38,7 +38,7 @@ def post_training(network: nn.Module, data: LightningDataModule, quantizing: Qua
 def float_file(stage: Finished, data: LightningDataModule) -> Path:
     """Return a trained network's file in fp32, which is written where it is not there yet."""
     if not stage.folder.file.is_file():
-        export(stage.network(), _example(data), stage.folder.file, least_agreement=_LEAST, **_metadata(data))
+        export(stage.network(), _example(data), stage.folder.file, least_agreement=_LEAST, **described(data))
     return stage.folder.file
 
 
@@ -55,7 +55,7 @@ def serve(result: Result, network: nn.Module, data: LightningDataModule, file: P
     spec = quantizing.spec
     precision = "int4" if spec.weight_bits <= 4 else "int8"
     # What is less than equal is stated in the verdict, after all the training: refused is what is wrong altogether.
-    export(network, _example(data), file, precision=precision, least_agreement=_LEAST, **_metadata(data))
+    export(network, _example(data), file, precision=precision, least_agreement=_LEAST, **described(data))
     on_test = predictions(file, _images(data.test_dataloader()))
     on_validation, target = predictions(file, _images(data.val_dataloader())), _targets(data.val_dataloader())
     layers = quantized_layers(network)
@@ -75,11 +75,15 @@ def serve(result: Result, network: nn.Module, data: LightningDataModule, file: P
     accuracy = float(np.mean(on_validation == target))
     served = replace(result, predictions=on_test, val_accuracy=accuracy, quantized=quantized)
     chance = 1 / (int(max(target.max(), result.target.max())) + 1)
-    return replace(served, quantized=replace(quantized, warnings=warnings_of(served, float_mb, chance, len(target))))
+    warnings = warnings_of(served, float_mb, chance, len(target), spec.mismatch())
+    return replace(served, quantized=replace(quantized, warnings=warnings))
 
 
-def warnings_of(result: Result, float_mb: float, chance: float, images: int) -> tuple[str, ...]:
-    """Say what would make the comparison with fp32 an empty one."""
+def warnings_of(result: Result, float_mb: float, chance: float, images: int, mismatch: str = "") -> tuple[str, ...]:
+    """Say what would make the comparison with fp32 an empty one.
+
+    ``mismatch`` is what :meth:`~kd_lightning.quantization.QuantizationSpec.mismatch` says of this machine.
+    """
     how = result.quantized
     assert how is not None
     found = []
@@ -92,13 +96,15 @@ def warnings_of(result: Result, float_mb: float, chance: float, images: int) -> 
     if how.agreement_file < _SAME:
         found.append(
             f"its file predicts what the fake-quantised network predicts on {how.agreement_file:.1%} of the test images"
+            f"{': ' * bool(mismatch)}{mismatch}"
         )
     if how.file_mb >= float_mb:
         found.append(f"its file has {how.file_mb:.3f} MB, and that in fp32 {float_mb:.3f} MB")
     return tuple(found)
 
 
-def _metadata(data: LightningDataModule) -> dict[str, Any]:
+def described(data: LightningDataModule) -> dict[str, Any]:
+    """Return what a data module says of its inputs and classes, by the names of :func:`~kd_lightning.export.export`."""
     named = {"classes": "class_names", "mean": "mean", "std": "std"}
     return {name: getattr(data, attribute, ()) for name, attribute in named.items()}
 

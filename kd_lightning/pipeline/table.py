@@ -56,6 +56,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         size = number(model.size_mb if model.quantized is None else None, ".3f" if with_file else ".2f")
         seconds = number(model.train_seconds, ",.1f")
         cost.add_row(rows[key], f"{model.params:,}", size, *files, *_speed(model.latency), seconds)
+    if verdict.processor is not None:
+        cost.caption, cost.caption_justify = Text(f"speed on a processor with {verdict.processor}"), "left"
     for table in (quality, cost, *_openvino(verdict, rows), *_comparison(verdict, rows)):
         console.print(table)
         console.print()

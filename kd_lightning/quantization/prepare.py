@@ -13,6 +13,7 @@ from kd_lightning.quantization.layers import QUANTIZED, QuantizedLayer, swap
 from kd_lightning.quantization.placement import Placement, place
 from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
 from kd_lightning.quantization.spec import QuantizationSpec
+from kd_lightning.tasks.batch import check_numbers
 from kd_lightning.tasks.classification import Classification
 
 _KINDS = {quantized: kind.__name__ for kind, quantized in QUANTIZED.items()}
@@ -112,7 +113,8 @@ def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = N
         The same network.
 
     Raises:
-        ValueError: For a network that is not prepared, no batches, and ranges that are no numbers or hold zero alone.
+        ValueError: For a network that is not prepared, no batches, NaN in one, and ranges that are no numbers or hold
+            zero alone.
     """
     found = quantizers(network)
     activations = [q for q in found.values() if isinstance(q, ActivationQuantizer)]
@@ -122,11 +124,13 @@ def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = N
     set_fake_quantization(network, False)
     for quantizer in activations:
         quantizer.calibrating, quantizer.observed = True, False
-        quantizer.count.zero_()
+        for buffer in (quantizer.low, quantizer.high, quantizer.count):
+            buffer.zero_()  # also after a calibration that failed: a mean with NaN would stay NaN
     network.eval()
     try:
         for batch in islice(loader, batches):
             read = Classification().read(move_data_to_device(batch, device))
+            check_numbers(read, f"batch {seen} to calibrate with")
             run(network, read.args, read.kwargs)
             seen += 1
     finally:

@@ -1,11 +1,14 @@
 """What a quantised network is to be."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from kd_lightning.processor import adds_8_bit_products_exactly, describe
+
 Observer = Literal["min_max", "percentile", "mse"]
-Target = Literal["vnni", "avx2", "arm"]
+Target = Literal["any", "vnni", "arm"]
+_PROCESSORS = {"any": "any processor", "vnni": "x86 with VNNI or AMX", "arm": "ARM"}
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class QuantizationSpec:
         observer: How ranges are found: ``min_max``, averaged over batches; ``percentile``, which leaves out 0.1 % of
             the values at each end of a batch; ``mse``, the range with the least squared error, for weights too.
         skip: Layers that stay in float: names, which take along what is below them, and ``first`` and ``last``.
-        target: The processor that will serve it. ``avx2`` has no dot product of 8 bits that cannot overflow: its 8-bit
-            weights use 7 bits.
+        target: Processors that will serve it, whichever trains it. ``any``: beside 8-bit activations, 8-bit weights use
+            7 bits (``reduce_range`` in PyTorch and ONNX Runtime), since x86 without VNNI adds pairs of products in 16
+            bits, which overflow otherwise. ``vnni``, x86 with VNNI or AMX, and ``arm`` use all 8.
         learned_scales: Weight scales are parameters (LSQ: Esser et al., ICLR 2020).
 
     Raises:
@@ -34,7 +38,7 @@ class QuantizationSpec:
     symmetric: bool = False
     observer: Observer = "min_max"
     skip: tuple[str, ...] = ()
-    target: Target = "vnni"
+    target: Target = "any"
     learned_scales: bool = False
 
     def __post_init__(self) -> None:
@@ -57,5 +61,26 @@ class QuantizationSpec:
     @property
     def weight_max(self) -> int:
         """Return the largest code of a weight; the smallest is its negative."""
-        bits = 7 if self.weight_bits == 8 and self.target == "avx2" else self.weight_bits
+        bits = 7 if self.target == "any" and self._may_overflow else self.weight_bits
         return int(2 ** (bits - 1)) - 1
+
+    @property
+    def processors(self) -> str:
+        """Return the processors on which a file gives what the fake-quantised network gives, in words."""
+        return _PROCESSORS[self.target if self._may_overflow else "any"]
+
+    def mismatch(self, found: Collection[str] | None = None) -> str:
+        """Say why a file may give something else on a processor, and the remedy; empty where there is no reason.
+
+        ``found`` are the processor's instruction sets, this machine's unless given.
+        """
+        if self.target == "any" or not self._may_overflow or adds_8_bit_products_exactly(found):
+            return ""
+        return (
+            f"target={self.target!r} is exact on {self.processors}, and this processor has {describe(found)}, where "
+            "sums of 8-bit products may overflow: take target='any'"
+        )
+
+    @property
+    def _may_overflow(self) -> bool:
+        return self.weight_bits == self.activation_bits == 8

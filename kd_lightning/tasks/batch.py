@@ -23,6 +23,17 @@ class Batch(NamedTuple):
     teacher: Outputs | None = None
 
 
+def check_numbers(batch: Batch, what: str) -> None:
+    """Raise ValueError for NaN in what the networks are called with; an attention mask may well be infinite."""
+    for x in (*batch.args, *batch.kwargs.values()):
+        if isinstance(x, Tensor) and bool(x.isnan().any()):
+            bad = x.isnan().flatten(1).any(1) if x.ndim > 1 else x.isnan()
+            raise ValueError(
+                f"expected numbers in {what}, got NaN in {int(bad.sum())} of {bad.numel()} samples: look at the data, "
+                "and at how it is normalised"
+            )
+
+
 class Identified(NamedTuple):
     """A batch as it was without :class:`~kd_lightning.data.WithIds`, and which samples it holds."""
 

@@ -1,13 +1,13 @@
 """Ways to run a frozen network that give equal results in less time."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.outputs import Outputs, run
+from kd_lightning.processor import instructions
 from kd_lightning.tasks.batch import Batch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,22 +65,18 @@ def check_precision(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def has_precision(device: torch.device, dtype: torch.dtype, cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Tell whether a device has instructions for a precision; torch says yes to an emulated one too."""
+def has_precision(device: torch.device, dtype: torch.dtype, found: Collection[str] | None = None) -> bool:
+    """Tell whether a device has instructions for a precision; torch says yes to an emulated one too.
+
+    ``found`` are the processor's instruction sets, this machine's unless given.
+    """
     if device.type == "cpu":
         # Not float16: with avx512_fp16 it took 1.5 times as long as float32.
-        return dtype == torch.bfloat16 and not cpu_flags(cpuinfo).isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+        known = {"avx512_bf16", "amx_bf16", "bf16"}
+        return dtype == torch.bfloat16 and not known.isdisjoint(instructions() if found is None else found)
     if device.type == "cuda" and dtype == torch.bfloat16:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cuda"
-
-
-def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> set[str]:
-    try:
-        lines = Path(cpuinfo).read_text().splitlines()
-    except OSError:  # not Linux
-        return set()
-    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
 
 
 def set_memory_format(network: nn.Module, channels_last: bool) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 from kd_lightning.export.batches import feed
 from kd_lightning.export.formats import FORMATS, require
 from kd_lightning.export.onnx_graph import clear, to_onnx
+from kd_lightning.processor import adds_8_bit_products_exactly
 from kd_lightning.tasks.batch import Batch
-from kd_lightning.teachers.accelerate import cpu_flags
 
 _FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # int8 is made by onnxruntime for both
 
@@ -54,6 +54,5 @@ def quantize(source: Path, target: Path, batches: Sequence[Batch]) -> None:
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
-        # Without these instructions two products of 8 bits overflow the 16 bits in which they are added.
-        reduce_range=cpu_flags().isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}),
+        reduce_range=not adds_8_bit_products_exactly(),
     )

@@ -32,7 +32,8 @@ class RuntimeTeacher(TeacherSource):
         checkpoint: As for :class:`~kd_lightning.teachers.Teacher`.
         runtime: ``"onnxruntime"`` (``pip install 'kd-lightning[onnx]'``) or ``"openvino"``
             (``'kd-lightning[openvino]'``).
-        precision: ``"int8"``, static, weights by channel; or ``"float32"``.
+        precision: ``"int8"``, static, weights by channel; or ``"float32"``. Since it runs on this machine alone,
+            weights use all 8 bits where the processor adds their products exactly, and 7 where it may not.
         layers: Whose outputs it gives beside the logits.
         calibration_samples: That are kept.
         max_kl: In nats, at temperature 1, the mean of the samples that are kept.

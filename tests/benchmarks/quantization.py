@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from kd_lightning.data import FashionMNIST
 from kd_lightning.losses import KD, HardLabel, kd
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.models import CNN8, CNN64, CIFARResNet, resnet8x4
-from kd_lightning.pipeline.runtimes import open_file
+from kd_lightning.pipeline.runtimes import NAMES, open_file
+from kd_lightning.processor import describe
 from kd_lightning.quantization import QuantizationSpec, calibrate, prepare, set_fake_quantization
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
 from kd_lightning.teachers.stored import Stored
@@ -201,6 +203,10 @@ def runtimes() -> None:
     """Export in float and in int8, and time both side by side."""
     from kd_lightning.export import export, integer_operators
 
+    installed = [runtime for runtime in NAMES if find_spec(runtime)]
+    for runtime in NAMES.keys() - installed:
+        print(f"{NAMES[runtime]} is left out: it is not installed (pip install 'kd-lightning[{runtime}]')", flush=True)
+    print(f"target={QuantizationSpec().target!r}, on a processor with {describe()}", flush=True)
     for name, make in (("ResNet-20", resnet20), ("resnet8x4", partial(resnet8x4, 10))):
         torch.manual_seed(0)
         network = make().train()
@@ -216,7 +222,7 @@ def runtimes() -> None:
             sizes = {kind: path.stat().st_size for kind, path in paths.items()}
             print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters; file int8 / float "
                   f"{sizes['int8'] / sizes['float']:.2f}; {integer_operators(paths['int8'])}")  # fmt: skip
-            for runtime in ("onnxruntime", "openvino"):
+            for runtime in installed:
                 sessions = {kind: open_file(path, runtime) for kind, path in paths.items()}
                 for size in (1, 64):
                     x = torch.randn(size, 3, 32, 32).numpy()

@@ -151,10 +151,49 @@ def test_an_int8_file_that_would_run_nothing_on_integers(tmp_path) -> None:
 
 def test_logits_that_are_no_numbers(tmp_path) -> None:
     network, inputs = seeded(), INPUTS.clone()
-    inputs[3, 0, 0, 0] = float("nan")
+    inputs[3, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match="CNN8 gives logits that are infinite or not a number for 1 of 32 samples"):
         export(network, inputs, tmp_path / "s.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [slice(None), slice(3, 5)])
+def test_an_example_that_is_no_number(tmp_path, bad) -> None:
+    inputs = INPUTS.clone()
+    inputs[bad] = float("nan")
+    count = len(inputs[bad])
+    for network, precision in ((seeded(), "float32"), (quantized(seeded(), INPUTS), "int8")):
+        with pytest.raises(ValueError, match=f"expected numbers in the example, got NaN in {count} of 32 samples"):
+            export(network, inputs, tmp_path / "s.onnx", precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ((0.3,), (0,), r"expected std above 0, got \[0\]: whoever serves the file divides by it"),
+        ((0.3,), (-1.0,), r"expected std above 0, got \[-1.0\]"),
+        ((0.3,), (), "mean and std of the same channels, got 1 and 0 numbers: pass both, or neither"),
+        ((), (0.3,), "mean and std of the same channels, got 0 and 1 numbers: pass both, or neither"),
+        ((0.3, 0.3, 0.3), (1, 1), "mean and std of the same channels, got 3 and 2 numbers"),
+        ((0.3,) * 3, (1,) * 3, r"one for each channel, got 3 for inputs of shape \(32, 1, 28, 28\): pass those of th"),
+        ((float("nan"),), (1,), r"expected mean to hold finite numbers, got \[nan\]: compute it again"),
+        ((0.3,), (float("inf"),), r"expected std to hold finite numbers, got \[inf\]"),
+    ],
+)
+def test_inputs_cannot_have_been_normalised_so(tmp_path, mean, std, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(seeded(), INPUTS, tmp_path / "s.onnx", mean=mean, std=std)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_for_other_processors_than_this_one_says_so(tmp_path, monkeypatch) -> None:
+    network = quantized(seeded(), INPUTS, target="vnni")
+    wrong = -network.eval()(INPUTS).detach()
+    monkeypatch.setattr("kd_lightning.export.to_file.in_two_batches", lambda session, batch: wrong)
+    monkeypatch.setattr("kd_lightning.processor.instructions", lambda: {"avx2"})
+    with pytest.raises(ValueError, match="Nothing was written: target='vnni' is exact on x86 with VNNI or AMX, and th"):
+        export(network, INPUTS, tmp_path / "s.onnx", precision="int8")
 
 
 def test_an_example_or_names_that_do_not_fit(tmp_path) -> None:

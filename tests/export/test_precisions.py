@@ -1,6 +1,7 @@
 """Weights in fewer bits: the file does what the fake-quantised network does, in the operators that were promised."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,13 @@ def stored(path: Path) -> Counter[str]:
     return total
 
 
+def metadata(path: Path) -> dict[str, str]:
+    if path.suffix == ".onnx":
+        return {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    said = openvino.Core().read_model(path).get_rt_info()["kd_lightning"]
+    return {key: value.value for key, value in said.items()}
+
+
 def matrices(network: nn.Module) -> int:
     return sum(weight.numel() for weight in network.parameters() if weight.ndim > 1)
 
@@ -48,6 +56,8 @@ def test_a_prepared_network_is_stored_in_its_bits_and_gives_what_it_gave(tmp_pat
     expected = network.eval()(INPUTS).detach()
     report = export(network, INPUTS, tmp_path / f"s{SUFFIX[format]}", format, f"int{bits}")
     assert stored(report.path)[f"int{bits}"] >= matrices(network)
+    assert metadata(report.path)["processors"] == "any processor"
+    assert json.loads(metadata(report.path)["weight_range"]) == ([-63, 63] if bits == 8 else [-7, 7])
     assert report.agreement >= 0.98
     for count in (1, 5):
         got = outputs(report.path, INPUTS[:count])
@@ -72,6 +82,10 @@ def test_dynamic_int8_takes_the_matrix_products(tmp_path) -> None:
     network = seeded(MLP32)
     report = export(network, INPUTS, tmp_path / "s.onnx", precision="int8_dynamic")
     assert stored(report.path) == {"int8": matrices(network)}
+    assert metadata(report.path)["processors"] == "any processor"
+    codes = [onnx.numpy_helper.to_array(x).astype(int) for x in onnx.load(report.path).graph.initializer]
+    largest = max(abs(x).max() for x in codes if x.ndim > 1)
+    assert 60 < largest <= json.loads(metadata(report.path)["weight_range"])[1] == 64
     assert sum(integer_operators(report.path).integer.values()) == 2
     expected = network(INPUTS).detach()
     assert (outputs(report.path, INPUTS[:3]) - expected[:3]).norm() < 0.05 * expected[:3].norm()

@@ -16,6 +16,7 @@ from kd_lightning.data import FashionMNIST
 from kd_lightning.models import CNN8
 from kd_lightning.pipeline.results import Quantized, Result
 from kd_lightning.pipeline.serving import warnings_of
+from kd_lightning.quantization import QuantizationSpec
 from tests.command import TINY, copied, kd_lightning
 from tests.pipeline.test_pipeline import MAIN, runs
 
@@ -170,6 +171,14 @@ def test_a_mistake_is_an_error_before_anything_is_trained(tmp_path: Path, monkey
     assert not list(tmp_path.glob("mlruns/stages/*/final.ckpt"))
 
 
+def test_data_that_say_how_no_inputs_were_normalised(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd_lightning.pipeline.quantizing.described", lambda data: {"mean": (0.3,), "std": ()})
+    with pytest.raises(ValueError, match=r"teacher-.* cannot be quantized: expected mean and std of the same channels"):
+        run_here()
+    assert not list(tmp_path.glob("mlruns/stages/*/final.ckpt"))
+
+
 def test_missing_packages_are_named_before_anything_is_trained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kd_lightning.export.formats.find_spec", lambda name: None if name == "onnxruntime" else name)
@@ -225,3 +234,13 @@ def test_what_would_make_the_comparison_an_empty_one_is_warned_of(changes, warni
     found = warnings_of(made(**{"predictions": np.arange(100) % 10, **changes}), 0.09, 0.1, 1000)
     assert len(found) == (warning is not None)
     assert warning is None or found[0].startswith(warning)
+
+
+def test_a_file_that_overflows_here_is_warned_of_with_the_remedy() -> None:
+    off = made(np.arange(100) % 10, agreement_file=0.93)
+    (found,) = warnings_of(off, 0.09, 0.1, 1000, QuantizationSpec(target="vnni").mismatch({"avx2"}))
+    assert found == (
+        "its file predicts what the fake-quantised network predicts on 93.0% of the test images: target='vnni' is "
+        "exact on x86 with VNNI or AMX, and this processor has AVX2, where sums of 8-bit products may overflow: take "
+        "target='any'"
+    )

@@ -5,10 +5,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from kd_lightning.pipeline.latency import Latency
+from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.results import Quantized, Result
 from kd_lightning.pipeline.verdict import make_verdict
+from kd_lightning.processor import describe
 from tests.pipeline.test_verdict import printed, run, runs
 
 LABELS = ("teacher int8", "student int8", "distilled PTQ int8", "distilled QAT int8", "distilled 4-bit weights")
@@ -107,6 +110,21 @@ def test_integers_that_take_longer_than_floats_are_said_to():
         "OpenVINO."
     ) in v.sentence
     assert "Against its own file" not in make_verdict(everything(), {}).sentence
+
+
+def test_the_processor_that_measured_is_said_with_the_speed():
+    assert measure({"a": nn.Identity()}, torch.zeros(1, 2), seconds=0.01)["a"].processor == describe()
+    latency = {"distilled": Latency(0.010, 0.02, 300, "ONNX Runtime", "AVX2, AVX-512 VNNI")}
+    latency["distilled PTQ int8"] = replace(latency["distilled"], p50_ms=0.005)
+    v = make_verdict(everything(), latency)
+    assert (
+        "2.0 times faster at batch 1 and not faster at batch 64 in ONNX Runtime (on AVX2, AVX-512 VNNI)." in v.sentence
+    )
+    assert v.to_dict()["processor"] == "AVX2, AVX-512 VNNI"
+    assert "speed on a processor with AVX2, AVX-512 VNNI" in printed(v)
+    nothing_measured = make_verdict(everything(), {})
+    assert nothing_measured.to_dict()["processor"] is None
+    assert "processor" not in printed(nothing_measured)
 
 
 def test_validation_chooses_which_is_compared_with_the_teacher():

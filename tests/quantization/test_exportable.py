@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kd_lightning.models import CNN8, CNN64, resnet8x4
+from kd_lightning.processor import adds_8_bit_products_exactly
 from kd_lightning.quantization import QuantizationSpec, calibrate, exportable, prepare, tidy
 from tests.quantization.networks import FunctionalResidual, PreActivation, Transformer, Untraceable, settled
 from tests.quantization.test_prepare import batches, images
@@ -116,7 +117,11 @@ def test_batch_norm_folds_exactly(per_channel, tmp_path):
 @pytest.mark.parametrize(
     "spec",
     [
-        QuantizationSpec(target="avx2"),
+        QuantizationSpec(),
+        pytest.param(
+            QuantizationSpec(target="vnni"),
+            marks=pytest.mark.skipif(not adds_8_bit_products_exactly(), reason="8 bits overflow on this processor"),
+        ),
         QuantizationSpec(symmetric=True),
         QuantizationSpec(per_channel=False, observer="mse"),
         QuantizationSpec(weight_bits=3, learned_scales=True),

@@ -232,13 +232,31 @@ def test_an_empty_loader_is_an_error():
 
 def test_ranges_that_are_no_numbers_or_hold_zero_alone_are_errors():
     with pytest.raises(ValueError, match=r"activations at 'block1.0' have the range nan to nan, expected numbers"):
-        calibrate(prepare(CNN8()), batches(images(1, 28, 28) * float("nan")))
+        calibrate(prepare(CNN8()), batches(images(1, 28, 28) * float("inf")))
     with pytest.raises(ValueError, match=r"'block1.0' are 0 throughout, expected a range: .* skip=\('block1.0',\)"):
         calibrate(prepare(CNN8()), batches(images(1, 28, 28) * 0))
     network = prepare(CNN8())
     network.head.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="weight of 'head' has scales that are not numbers: the network has diverged"):
         calibrate(network, batches(images(1, 28, 28)))
+
+
+@pytest.mark.parametrize("activation_bits", [8, None])
+def test_nan_to_calibrate_with_is_an_error_and_leaves_nothing_behind(activation_bits):
+    network, x = prepare(CNN8(), QuantizationSpec(activation_bits=activation_bits)), images(1, 28, 28)
+    x[20, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="expected numbers in batch 1 to calibrate with, got NaN in 1 of 16 samples"):
+        calibrate(network, batches(x))
+    again = calibrate(network, batches(images(1, 28, 28)))(images(1, 28, 28))
+    assert again.isfinite().all()
+
+
+def test_a_calibration_after_one_that_failed_finds_its_ranges():
+    network, x = prepare(CNN8()), images(1, 28, 28)
+    with pytest.raises(ValueError, match="range nan to nan"):
+        calibrate(network, batches(x * float("inf")))
+    calibrate(network, batches(x))
+    assert float(network.block1[0].input_quantizer.low) == pytest.approx(float(x[:16].min() + x[16:].min()) / 2)
 
 
 def test_the_state_holds_ranges_and_whether_it_is_on():

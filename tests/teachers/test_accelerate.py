@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Teacher
 from kd_lightning.outputs import Outputs, run
+from kd_lightning.processor import instructions_in
 from kd_lightning.tasks import Batch
 from kd_lightning.teachers.accelerate import Way, has_precision
 from kd_lightning.teachers.fastest import MAX_ERROR, MAX_KL, differences, fastest
@@ -184,8 +185,8 @@ def test_an_infinite_output_is_never_equal() -> None:
 )
 def test_bfloat16_is_for_a_cpu_that_has_instructions_for_it(tmp_path, text: str, expected: bool) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    assert has_precision(CPU, torch.bfloat16, str(tmp_path / "cpuinfo")) == expected
-    assert not has_precision(CPU, torch.bfloat16, str(tmp_path / "missing"))
+    assert has_precision(CPU, torch.bfloat16, instructions_in(tmp_path / "cpuinfo")) == expected
+    assert not has_precision(CPU, torch.bfloat16, instructions_in(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(
