@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 # Before torch is imported, here, in the workers and in the commands that tests start: with more processes than cores,
 # OpenMP's threads mostly wait for each other.
@@ -31,9 +33,10 @@ def finished(tmp_path_factory):
     """The folder of one small pipeline, and what it printed; read-only, and the same for all workers."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, printed = base / "finished", base / "finished.txt"
+    record = base / "finished.json"
     with FileLock(base / "finished.lock"):
-        if not printed.is_file():
-            folder.mkdir()
-            printed.write_text(kd_lightning(*TINY, cwd=folder))
-    return folder, printed.read_text()
+        if not record.is_file():
+            folder = tmp_path_factory.mktemp("finished")
+            record.write_text(json.dumps([str(folder), kd_lightning(*TINY, cwd=folder)]))
+    folder, printed = json.loads(record.read_text())
+    return Path(folder), printed
