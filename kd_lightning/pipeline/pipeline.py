@@ -264,6 +264,7 @@ class Pipeline:
             tracking.run_id,
             {
                 "final/worth_it": float(verdict.worth_it),
+                "final/decided": float(verdict.decided),
                 "final/gap_closed": verdict.gap_closed.mean,
                 "final/gap_closed_low": verdict.gap_closed.low,
                 "final/gap_closed_high": verdict.gap_closed.high,

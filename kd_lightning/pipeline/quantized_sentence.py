@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from kd_lightning.pipeline.chance import AT_CHANCE, ONE_CLASS
 from kd_lightning.pipeline.results import Model
 from kd_lightning.pipeline.sentence import number, percent, stated, within
 from kd_lightning.pipeline.statistics import Interval
@@ -10,7 +11,7 @@ from kd_lightning.pipeline.statistics import Interval
 def quantized_sentence(
     models: Mapping[str, Model], differences: Mapping[str, Interval], ptq: str | None, qat: str | None
 ) -> list[str]:
-    """Return sentences without full stops.
+    """Return sentences without full stops; with one seed, nothing of what training again may turn round.
 
     Args:
         models: by key.
@@ -22,18 +23,22 @@ def quantized_sentence(
     key = ptq or qat
     if key is not None:
         bits, costs = bits_of(models[key]), []
+        trained_again = qat is not None and len(models[qat].seeds) > 1
         if "ptq-distilled" in differences:
             costs.append(_cost("post-training quantisation", differences["ptq-distilled"], "the distilled student"))
-        if "qat-continued" in differences:
+        if "qat-continued" in differences and trained_again:
             costs.append(_cost("quantisation-aware training", differences["qat-continued"], "the same further steps"))
         if costs:
             parts.append(f"In {bits}, {'; '.join(costs)}")
-        parts += _training(differences)
+        parts += _training(differences) if trained_again else []
         parts += _against_float(models, key)
         parts += _together(models, ptq, qat)
     for name, model in models.items():
         if model.quantized is not None:
-            parts += [f"Beware of {name!r}: {warning}" for warning in model.quantized.warnings]
+            source = models.get(model.quantized.source)
+            said = (f"it {AT_CHANCE}", f"it {ONE_CLASS}") if source is not None and source.learned_nothing else ()
+            warnings = [warning for warning in model.quantized.warnings if not warning.startswith(said)]
+            parts += [f"Beware of {name!r}: {warning}" for warning in warnings]
     return parts
 
 

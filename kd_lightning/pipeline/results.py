@@ -126,6 +126,8 @@ class Model:
         agreement: share of the test images on which it predicts what the teacher predicts.
         retention: accuracy divided by the teacher's.
         recall: by class name, the mean over seeds.
+        learned_nothing: why its figures say nothing of its method, with the seeds: it predicts a single class, or is at
+            chance. None where it has learned something.
         against_reference: difference of test accuracy to the reference among several distilled models.
         file_mb: of the ONNX file that is served.
         latency: in the runtime that it names.
@@ -149,6 +151,7 @@ class Model:
     temperature: float | None = None
     teacher_entropy: float | None = None
     recall: Mapping[str, float] = field(default_factory=dict)
+    learned_nothing: str | None = None
     against_reference: Interval | None = None
     file_mb: float | None = None
     latency_openvino: Latency | None = None
@@ -175,6 +178,7 @@ class Model:
             "temperature": self.temperature,
             "teacher_entropy": self.teacher_entropy,
             "recall": dict(self.recall) or None,
+            "learned_nothing": self.learned_nothing,
             "against_reference": self.against_reference and asdict(self.against_reference),
             "file_mb": self.file_mb,
             "openvino": self.latency_openvino and _latency(self.latency_openvino),
@@ -189,8 +193,9 @@ class Verdict:
     """The recommendation and all that it follows from.
 
     Attributes:
-        worth_it: the distilled student was shown better than the student alone. False as well where that could not be
-            asked: the sentence says so.
+        worth_it: the distilled student was shown better than the student alone, over several seeds. False where it was
+            not, and where that is not `decided`.
+        decided: that could be asked: both were run, with more than one seed, and both have learned something.
         distilled: key in `models` of the distilled model that the sentence is about.
         gap_closed: of that model; None for all three where teacher, student or distilled is missing.
         differences: of test accuracy, by "distilled-alone", "distilled-control", "control-alone", "teacher-alone",
@@ -200,6 +205,7 @@ class Verdict:
     """
 
     worth_it: bool
+    decided: bool
     sentence: str
     distilled: str | None
     gap_closed: Share
@@ -217,6 +223,7 @@ class Verdict:
         return _strict(
             {
                 "worth_it": self.worth_it,
+                "decided": self.decided,
                 "sentence": self.sentence,
                 "distilled": self.distilled,
                 "gap_closed": asdict(self.gap_closed),

@@ -15,11 +15,12 @@ def sentence(
     variants: int,
     seeds: int,
     extra_images: int,
-) -> tuple[bool, str]:
+) -> tuple[bool | None, str]:
+    """Return whether distillation is worth it, None where that is not decided, and say what follows."""
     gain = differences.get("distilled-alone")
     if key is None or gain is None:
         missing = ["distilled student"] * (key is None) + ["student alone"] * ("student" not in models)
-        return False, (
+        return None, (
             f"Not decided: no {' and no '.join(missing)} was run, so whether distillation is worth it cannot be told. "
             "Run the missing stages with the same seeds."
         )
@@ -28,6 +29,13 @@ def sentence(
     if variants > 1:
         who += f" {key!r} (of {variants} distilled models the best on the validation images)"
     figures = f"{percent(distilled.accuracy)} % of the test images right against {percent(alone.accuracy)} %"
+    parts = [f"Beware of {title(k, m)}: it {m.learned_nothing}" for k, m in models.items() if m.learned_nothing]
+    for name in distilled.recall:
+        recalls = ", ".join(f"{title(k, m)} {percent(m.recall[name])} %" for k, m in models.items())
+        parts.append(f"Recall on {name!r}: {recalls}")
+    open_question = _why_not_decided(models, key, figures, gain, seeds)
+    if open_question is not None:
+        return None, ". ".join([open_question, *parts]) + "."
     if gain.low > 0:
         worth_it = True
         text = f"Worth it: {who} is {stated(gain)} better than the student alone ({figures})"
@@ -45,13 +53,23 @@ def sentence(
             f"Not worth it: no difference was shown: the student alone is as good "
             f"({who} has {figures}: a difference of {within(gain)})"
         )
-    parts = [text, *_why(differences, worth_it, extra_images), *_gap(differences)]
-    for name in distilled.recall:
-        recalls = ", ".join(f"{title(k, m)} {percent(m.recall[name])} %" for k, m in models.items())
-        parts.append(f"Recall on {name!r}: {recalls}")
-    if seeds == 1:
-        parts.append("One seed only: the intervals know nothing of how training again would differ")
+    parts = [text, *_why(differences, worth_it, extra_images), *_gap(differences), *parts]
     return worth_it, ". ".join(parts) + "."
+
+
+def _why_not_decided(models: Mapping[str, Model], key: str, figures: str, gain: Interval, seeds: int) -> str | None:
+    nothing = [title(name, models[name]) for name in (key, "student") if models[name].learned_nothing]
+    if nothing:
+        return (
+            f"Not decided: {' and '.join(nothing)} learned nothing ({figures}), so the comparison says nothing of "
+            "distillation: lower the learning rate, or train for longer"
+        )
+    if seeds == 1:
+        return (
+            f"Not decided: one seed, and training again may differ by more ({figures}: a difference of {points(gain)} "
+            "points, of which the 95 % interval knows the test images alone): run three seeds, seeds=[0,1,2]"
+        )
+    return None
 
 
 def _why(differences: Mapping[str, Interval], worth_it: bool, extra_images: int) -> list[str]:

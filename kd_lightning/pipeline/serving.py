@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd_lightning.export import export, integer_operators
+from kd_lightning.pipeline.chance import AT_CHANCE, ONE_CLASS, at_chance
 from kd_lightning.pipeline.recipe import Quantizing
 from kd_lightning.pipeline.results import Quantized, Result
 from kd_lightning.pipeline.runtimes import predictions
@@ -74,12 +75,12 @@ def serve(result: Result, network: nn.Module, data: LightningDataModule, file: P
     float_mb = float_file(quantizing.source, data).stat().st_size / 1e6
     accuracy = float(np.mean(on_validation == target))
     served = replace(result, predictions=on_test, val_accuracy=accuracy, quantized=quantized)
-    chance = 1 / (int(max(target.max(), result.target.max())) + 1)
-    warnings = warnings_of(served, float_mb, chance, len(target), spec.mismatch())
+    classes = int(max(target.max(), result.target.max())) + 1
+    warnings = warnings_of(served, float_mb, classes, len(target), spec.mismatch())
     return replace(served, quantized=replace(quantized, warnings=warnings))
 
 
-def warnings_of(result: Result, float_mb: float, chance: float, images: int, mismatch: str = "") -> tuple[str, ...]:
+def warnings_of(result: Result, float_mb: float, classes: int, images: int, mismatch: str = "") -> tuple[str, ...]:
     """Say what would make the comparison with fp32 an empty one.
 
     ``mismatch`` is what :meth:`~kd_lightning.quantization.QuantizationSpec.mismatch` says of this machine.
@@ -87,10 +88,10 @@ def warnings_of(result: Result, float_mb: float, chance: float, images: int, mis
     how = result.quantized
     assert how is not None
     found = []
-    if result.val_accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / images):
-        found.append(f"it is at chance, with {result.val_accuracy:.1%} of the validation images right")
+    if at_chance(result.val_accuracy, classes, images):
+        found.append(f"it {AT_CHANCE}, with {result.val_accuracy:.1%} of the validation images right")
     if len(np.unique(result.predictions)) == 1:
-        found.append("it predicts a single class")
+        found.append(f"it {ONE_CLASS}")
     if how.activation_bits is not None and how.integer_operators < how.layers:
         found.append(f"{how.integer_operators} of {how.layers} quantised layers run on integers in ONNX Runtime")
     if how.agreement_file < _SAME:

@@ -87,7 +87,9 @@ def _comparison(verdict: Verdict, rows: Mapping[str, Text]) -> list[Table]:
     reference = [key for key, model in distilled.items() if model.against_reference is None]
     if len(reference) != 1 or len(distilled) == 1:
         return []
-    table = _table(True, f"points over {reference[0]} (95 % interval)")
+    several = all(len(model.seeds) > 1 for model in distilled.values())
+    interval = "95 % interval" if several else "one seed: 95 % interval of the test images alone"
+    table = _table(True, f"points over {reference[0]} ({interval})")
     for key, model in distilled.items():
         if key != reference[0]:
             table.add_row(rows[key], points(model.against_reference))

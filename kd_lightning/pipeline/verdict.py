@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.pipeline.chance import learned_nothing
 from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.quantized_sentence import quantized_sentence
@@ -31,7 +32,8 @@ def make_verdict(
 ) -> Verdict:
     """Compare the runs, paired by seed and test image, and say what follows.
 
-    A difference counts as shown where its 95 % interval excludes zero. Of several distilled models the sentence is
+    A difference counts as shown where its 95 % interval excludes zero; with one seed, or of a model that has learned
+    nothing, none does. Of several distilled models the sentence is
     about the one with the best mean validation accuracy: the test images choose nothing. Roles that were not run
     leave out what would need them. Quantised students are compared with the distilled one that they were made of, and
     after quantisation-aware training with the one that had the same further steps in float.
@@ -113,7 +115,8 @@ def make_verdict(
     worth_it, text = sentence(models, differences, distilled_key, share, len(variants), seeds, extra_images)
     text = " ".join([text, *(f"{part}." for part in quantized_sentence(models, differences, ptq, qat))])
     return Verdict(
-        worth_it=worth_it,
+        worth_it=bool(worth_it),
+        decided=worth_it is not None,
         sentence=text,
         distilled=distilled_key,
         gap_closed=share or Share(None, None, None),
@@ -251,6 +254,7 @@ def _model(
         retention = _mean(seeds) / quality if quality > 0 else None
         if alone and one.role in ("control", "distilled", "continued", "quantized"):
             share = gap_closed(*_paired(teacher, alone, runs))
+    collapsed = {run.seed: what for run in ordered if (what := learned_nothing(run.predictions, run.target))}
     return Model(
         role=one.role,
         method=one.method,
@@ -271,8 +275,18 @@ def _model(
             name: _mean(run.correct[np.asarray(run.target) == index].mean() for run in ordered)
             for index, name in recall_classes.items()
         },
+        learned_nothing=_stated(collapsed, len(ordered)) if one.role != "quantized" else None,
         quantized=_over_seeds([run.quantized for run in ordered if run.quantized is not None]),
     )
+
+
+def _stated(collapsed: Mapping[int, str], runs: int) -> str | None:
+    """Say what is wrong, and with which seeds where not with all."""
+    if not collapsed:
+        return None
+    what = " or ".join(dict.fromkeys(collapsed.values()))
+    seeds = f"{'seed' if len(collapsed) == 1 else 'seeds'} {', '.join(map(str, collapsed))}"
+    return what if len(collapsed) == runs else f"{what} ({seeds})"
 
 
 def _over_seeds(runs: Sequence[Quantized]) -> Quantized | None:

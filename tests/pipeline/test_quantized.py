@@ -231,7 +231,7 @@ def made(predictions, *, val=0.8, **changes) -> Result:
     ],
 )
 def test_what_would_make_the_comparison_an_empty_one_is_warned_of(changes, warning) -> None:
-    found = warnings_of(made(**{"predictions": np.arange(100) % 10, **changes}), 0.09, 0.1, 1000)
+    found = warnings_of(made(**{"predictions": np.arange(100) % 10, **changes}), 0.09, 10, 1000)
     assert len(found) == (warning is not None)
     assert warning is None or found[0].startswith(warning)
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +138,28 @@ def test_warnings_are_stated_with_the_model():
     v = make_verdict(everything(warnings=("it predicts a single class",)), {})
     assert "Beware of 'distilled PTQ int8': it predicts a single class." in v.sentence
     assert v.sentence.count("Beware") == 1
+
+
+def test_a_source_at_chance_is_said_once():
+    target = np.arange(2000) % 10
+    zeros = np.zeros_like(target)
+    student = [run("student", 0.1, s, predictions=zeros) for s in range(3)]
+    warnings = (
+        "it is at chance, with 9.9% of the validation images right",
+        "it predicts a single class",
+        "no integers",
+    )
+    text = make_verdict([*student, *quantized("student int8", 0.1, "student", warnings=warnings)], {}).sentence
+    assert "Beware of 'student int8': no integers." in text
+    assert text.count("Beware of 'student int8'") == 1
+
+
+def test_one_seed_says_nothing_of_training_for_it():
+    of_seed_0 = [result for result in everything(ptq=0.70, qat=0.798) if result.seed == 0]
+    v = make_verdict(of_seed_0, {})
+    assert "In int8, post-training quantisation lost 10.0 points" in v.sentence
+    assert "uantisation-aware training" not in v.sentence
+    assert "Quantisation-aware training is 9.8" in make_verdict(everything(ptq=0.70, qat=0.798), {}).sentence
 
 
 def test_other_bits_are_named():

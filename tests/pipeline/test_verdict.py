@@ -225,12 +225,71 @@ def test_one_model_of_a_role_is_named_by_the_role():
     assert v.models["distilled"].latency.p50_ms == 0.5
 
 
-def test_one_seed_is_said_and_has_no_spread():
+def test_one_seed_decides_nothing_and_has_no_spread():
     v = verdict(teacher=0.90, student=0.74, control=0.75, distilled=0.80, seeds=(7,))
-    assert "One seed only" in v.sentence
+    assert v.differences["distilled-alone"].low > 0
+    assert (v.worth_it, v.decided) == (False, False)
+    assert v.sentence.startswith("Not decided: one seed")
+    assert "(80.0 % of the test images right against 74.0 %: a difference of +6.0 (" in v.sentence
+    assert "seeds=[0,1,2]" in v.sentence
+    assert not re.search("worth|softness|hard labels|gap", v.sentence)
     assert v.models["distilled"].sd is None
     assert re.search(r"distilled +80\.0 ± – ", printed(v))
-    assert "One seed only" not in verdict(teacher=0.90, student=0.74, distilled=0.80).sentence
+    several = verdict(teacher=0.90, student=0.74, distilled=0.80)
+    assert (several.worth_it, several.decided) == (True, True)
+    assert "one seed" not in several.sentence
+
+
+def test_two_networks_that_are_equally_good_are_never_worth_it_after_one_seed():
+    """Null pairs of which training again moves each by 2 points: the interval over test images alone is too narrow."""
+    rng = np.random.default_rng(0)
+    shown = 0
+    for _ in range(100):
+        accuracies = 0.75 + rng.normal(0, 0.02, 2)
+        results = [run(role, a, 0) for role, a in zip(("student", "distilled"), accuracies, strict=True)]
+        v = make_verdict(results, {})
+        shown += v.differences["distilled-alone"].low > 0
+        assert not v.worth_it
+        assert not v.decided
+    assert shown > 10  # and would have been "worth it" in so many
+
+
+@pytest.mark.parametrize("role", ["student", "distilled"])
+@pytest.mark.parametrize("seeds", [[0, 1, 2], [1]])
+def test_a_student_that_learned_nothing_decides_nothing(role, seeds):
+    rng = np.random.default_rng(0)
+    for what, predictions in (
+        ("predicts a single class", np.full(N, 3)),
+        ("is at chance", rng.integers(CLASSES, size=N)),
+    ):
+        results = [
+            run(r.role, 0.5, r.seed, predictions=predictions) if r.role == role and r.seed in seeds else r
+            for r in runs(teacher=0.9, student=0.74, control=0.74, distilled=0.8)
+        ]
+        v = make_verdict(results, {})
+        title = "student alone" if role == "student" else "distilled"
+        assert (v.worth_it, v.decided) == (False, False)
+        assert v.sentence.startswith(f"Not decided: {title} learned nothing (")
+        some = "" if len(seeds) == 3 else " (seed 1)"
+        assert v.sentence.count(f"Beware of {title}: it {what}{some}.") == 1
+        assert v.to_dict()["models"][role]["learned_nothing"] == f"{what}{some}"
+        assert "learned_nothing" not in v.to_dict()["models"]["control"]
+
+
+def test_a_control_that_learned_nothing_is_said_beside_the_verdict():
+    results = [
+        run("control", 0.1, r.seed, predictions=np.zeros(N, int)) if r.role == "control" else r
+        for r in runs(teacher=0.9, student=0.74, control=0.74, distilled=0.8)
+    ]
+    v = make_verdict(results, {})
+    assert v.worth_it
+    assert "Beware of teacher's hard labels: it predicts a single class." in v.sentence
+
+
+@pytest.mark.parametrize("target", [np.arange(99) % 10, np.zeros(500, int)])
+def test_too_few_test_images_or_one_class_tell_nothing_of_chance(target):
+    results = [run("student", 1.0, 0, target=target, flips=0, predictions=np.zeros(len(target), int))]
+    assert make_verdict(results, {}).models["student"].learned_nothing is None
 
 
 def test_figures_of_a_model():
