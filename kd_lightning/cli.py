@@ -33,7 +33,9 @@ from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "quantized", "verdict")
-_MISTAKES = (ValueError, TypeError, OSError, ImportError, OmegaConfBaseException, InstantiationException)
+_MISTAKES = (
+    ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException, InstantiationException
+)  # fmt: skip
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 

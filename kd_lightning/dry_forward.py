@@ -13,11 +13,23 @@ from kd_lightning.lookahead import untouched_rng
 from kd_lightning.outputs import Outputs, nearest_layers, run
 
 
-@torch.no_grad()
 def dry_forward(
-    role: str, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layers: Iterable[str]
+    role: str,
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layers: Iterable[str],
+    with_graph: bool = False,
 ) -> Outputs:
     """Run a network in eval mode, without a trace left in it.
+
+    Args:
+        role: Of the network, for errors.
+        network: Anything that is called with the arguments.
+        args: Positional ones.
+        kwargs: By name.
+        layers: Whose outputs are wanted.
+        with_graph: Whether the outputs have the graph of their computation.
 
     Raises:
         ValueError: For an unknown layer (nearest names and their output shapes are listed), or inputs that the network
@@ -28,7 +40,7 @@ def dry_forward(
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with untouched_rng(), _uncompiled():
+        with untouched_rng(), _uncompiled(), torch.set_grad_enabled(with_graph):
             parameter = next(network.parameters(), None)
             if parameter is not None:
                 args, kwargs = (_fit(x, parameter) for x in (args, kwargs))

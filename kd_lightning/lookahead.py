@@ -14,19 +14,22 @@ SCAN = 100
 _END = object()
 
 
-def training_batches(module: LightningModule, count: int = SCAN) -> Iterator[Any]:
+def training_loader(module: LightningModule) -> Any:
+    """Make the training loader, of which nothing is drawn from any random number generator that the training uses."""
+    with untouched_rng():
+        # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
+        return module.trainer.fit_loop._data_source.dataloader()
+
+
+def training_batches(module: LightningModule, count: int = SCAN, loader: Any = None) -> Iterator[Any]:
     """Yield up to ``count`` batches of the training loader, on CPU, as ``training_step`` would get them.
 
     Runs in this process whatever the number of workers, and draws nothing from any random number generator that the
-    training uses.
+    training uses. The loader is made, unless it is given.
     """
-    trainer = module.trainer
-    with untouched_rng():
-        # Lightning's own set-up of the loader would come too early here: it restores a loader's state after this.
-        loader = trainer.fit_loop._data_source.dataloader()
-    for batch in loader_batches(loader, count):
+    for batch in loader_batches(training_loader(module) if loader is None else loader, count):
         with untouched_rng():
-            transferred = _transferred(trainer, module, batch)
+            transferred = _transferred(module.trainer, module, batch)
         yield transferred
 
 

@@ -13,11 +13,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
-from kd_lightning.lookahead import training_batches
+from kd_lightning.divergence import Divergence, parts_of
+from kd_lightning.lookahead import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
-from kd_lightning.preflight import check_checkpoint, check_parts, check_teacher_accuracy, dry_run
+from kd_lightning.preflight import (
+    check_checkpoint,
+    check_factories,
+    check_networks,
+    check_optimizer,
+    check_parts,
+    check_teacher_accuracy,
+    converts_inputs,
+    dry_run,
+    need_labels,
+    warn_of_missing_classes,
+)
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import Teacher, TeacherSource
@@ -66,6 +78,8 @@ class DistillationModule(LightningModule):
         check_teacher: bool = True,
     ) -> None:
         super().__init__()
+        check_networks(student, teacher)
+        check_factories(optimizer, scheduler)
         self.student = student
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses)
@@ -74,6 +88,7 @@ class DistillationModule(LightningModule):
         self._optimizer, self._scheduler = optimizer, scheduler
         self._built = False
         self._resumption = Resumption()
+        self._divergence = Divergence()
         self._accuracy, self._agreement, self._teacher_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
         self._teacher_accuracy_logged = False
         check_parts(self.teacher, self.objective)
@@ -97,10 +112,11 @@ class DistillationModule(LightningModule):
             self._build()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        parameters = [*self.student.parameters(), *self.objective.parameters()]
+        parameters = {**dict(self.student.named_parameters()), **dict(self.objective.named_parameters())}
         return configured(parameters, self._optimizer, self._scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
+        self._divergence = Divergence()
         for metric in (self._accuracy, self._agreement, self._teacher_accuracy):
             metric.reset()  # after trainer.validate, they are inference tensors, which cannot be updated in a fit
         self._teacher_accuracy_logged = False
@@ -133,6 +149,7 @@ class DistillationModule(LightningModule):
         student = run(self.student, read.args, read.kwargs, self.objective.student_layers)
         total: Tensor
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
+        self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))
         if logs_this_step(self.trainer):
             log_terms(self, self.objective, total, terms, teacher, batch_size=len(student.logits))
         return total
@@ -161,7 +178,11 @@ class DistillationModule(LightningModule):
         self._teacher_accuracy.reset()
         self._teacher_accuracy_logged = not (self.trainer.sanity_checking or self.teacher.learns)
 
+    def on_train_end(self) -> None:
+        self._divergence.check_weights(self.student)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._divergence.check_weights(self.student)
         state: dict[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = _under(state, _STUDENT)
         checkpoint["losses"] = _under(state, _OBJECTIVE)
@@ -190,7 +211,18 @@ class DistillationModule(LightningModule):
 
     def _build(self) -> None:
         if not self._built:
-            dry_run(training_batches(self), self.student, self.teacher, self.objective, self.task)
+            loader, names = training_loader(self), getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+            classes = dry_run(
+                training_batches(self, loader=loader),
+                self.student,
+                self.teacher,
+                self.objective,
+                self.task,
+                class_names=names,
+                any_precision=converts_inputs(self.trainer),
+            )
+            if need_labels(self.objective):
+                warn_of_missing_classes(loader, classes, names)
             self._built = True
 
     def _place_teacher(self) -> None:
@@ -219,13 +251,18 @@ class DistillationModule(LightningModule):
 
 
 def configured(
-    parameters: Iterable[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[..., LRScheduler] | None,
     trainer: Trainer,
 ) -> OptimizerLRScheduler:
-    """Make an optimizer of what is trained, and its scheduler, which is stepped after each optimizer step."""
-    made = optimizer([p for p in parameters if p.requires_grad])
+    """Make an optimizer of what is trained, and its scheduler, which is stepped after each optimizer step.
+
+    Raises:
+        ValueError: For an optimizer that is none, or leaves out parameters that require a gradient.
+    """
+    made = optimizer([p for p in parameters.values() if p.requires_grad])
+    check_optimizer([made], parameters, "student and the losses")
     if scheduler is None:
         return made
     # A partial lists an argument that it has bound with the bound value as default.

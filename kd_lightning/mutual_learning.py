@@ -1,7 +1,7 @@
 """Deep Mutual Learning (Zhang et al., CVPR 2018), https://arxiv.org/abs/1706.00384."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kd_lightning.divergence import Divergence, Part, parts_of
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.lookahead import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.module import configured
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs, run
-from kd_lightning.preflight import dry_run
+from kd_lightning.preflight import check_factories, dry_run
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers import TeacherSource
@@ -67,13 +68,16 @@ class MutualLearning(LightningModule):
         task: Classification | None = None,
     ) -> None:
         super().__init__()
+        objective = DistillationObjective(losses)
         _check(students, losses)
+        check_factories(optimizer, scheduler)
         self.students = nn.ModuleDict(students)
-        self.objectives = nn.ModuleDict({name: DistillationObjective(copy.deepcopy(dict(losses))) for name in students})
+        self.objectives = nn.ModuleDict({name: copy.deepcopy(objective) for name in students})
         self.task = task or Classification()
         self._optimizer, self._scheduler = optimizer, scheduler
         self._resumption = Resumption()
         self._built = False
+        self._divergence = Divergence()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: student(*args, **kwargs) for name, student in self.students.items()}
@@ -88,7 +92,7 @@ class MutualLearning(LightningModule):
             self._built = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return configured(self.parameters(), self._optimizer, self._scheduler, self.trainer)
+        return configured(dict(self.named_parameters()), self._optimizer, self._scheduler, self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         read = self.task.read(batch)
@@ -105,6 +109,7 @@ class MutualLearning(LightningModule):
                 raw = [terms[term].raw.detach() for _, terms in results]
                 values[f"train/loss/{name}/{term}"] = sum(raw) / len(peers)
         total: Tensor = sum(losses)
+        self._divergence.watch(self.trainer, total, lambda: self._parts(read, outputs))
         if logs_this_step(self.trainer):
             size = len(next(iter(detached.values())).logits)
             self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
@@ -121,13 +126,20 @@ class MutualLearning(LightningModule):
         """Return each student's logits."""
         return {name: of.logits for name, of in self._outputs(self.task.read(batch)).items()}
 
+    def on_fit_start(self) -> None:
+        self._divergence = Divergence()
+
     def on_train_start(self) -> None:
         self._resumption.on_train_start(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         self._resumption.on_train_epoch_start(self.trainer)
 
+    def on_train_end(self) -> None:
+        self._divergence.check_weights(self.students)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._divergence.check_weights(self.students)
         checkpoint["rng_states"] = rng_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +149,10 @@ class MutualLearning(LightningModule):
 
     def _outputs(self, batch: Batch) -> dict[str, Outputs]:
         return {name: run(student, batch.args, batch.kwargs) for name, student in self.students.items()}
+
+    def _parts(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Iterator[Part]:
+        for name, of in outputs.items():
+            yield from parts_of(batch, self.students[name], of, None, {}, f"student {name!r}")
 
     def _objective(self, name: str) -> DistillationObjective:
         objective = self.objectives[name]

@@ -30,19 +30,23 @@ class DistillationObjective(nn.Module):
         losses: By the name under which each is logged and found in configs.
 
     Raises:
-        ValueError: For no loss at all.
-        TypeError: For something that is no :class:`DistillationLoss`.
+        ValueError: For no loss at all, or a name that no module can have.
+        TypeError: For something that is no mapping, or no :class:`DistillationLoss` in it.
     """
 
     losses: nn.ModuleDict
 
     def __init__(self, losses: Mapping[str, DistillationLoss]) -> None:
         super().__init__()
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"expected losses by name, got a {type(losses).__name__}: pass {{'kd': KD(), ...}}")
         if not losses:
             raise ValueError("expected at least one loss, got none: pass for instance losses={'kd': KD()}")
         for name, loss in losses.items():
             if not isinstance(loss, DistillationLoss):
                 raise TypeError(f"loss {name!r} is a {type(loss).__name__}, expected a DistillationLoss: subclass it")
+            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"expected a loss's name to be a word without dots, got {name!r}: rename it")
         self.losses = nn.ModuleDict(losses)
         self._built = False
         self._attached: tuple[nn.Module, ...] = ()  # a tuple: the student is no submodule

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kd_lightning.dry_forward import unknown_layer
@@ -85,10 +86,11 @@ class Trial:
             )
             # Of the features' checks, which come when the step has ended.
             if not ran or "layer '" in str(error):
+                first_line = str(error).partition("\n")[0]
                 raise ValueError(
                     f"training_step of {type(self.module).__name__}, tried on a copy before training, failed before "
-                    f"the student's outputs were there: {type(error).__name__}: {error}; if it is for want of "
-                    "what on_fit_start or on_train_start make, make that in __init__, setup or configure_model"
+                    f"the student's outputs were there: {type(error).__name__}: {first_line}; "
+                    f"{_remedy(batch, self.tap.student_of(self.module))}"
                 ) from error
         return seen
 
@@ -106,6 +108,21 @@ class Trial:
             step(batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
         finally:
             self.trainer.loggers = loggers
+
+
+def _remedy(batch: Any, student: nn.Module) -> str:
+    weight = next((p for p in student.parameters() if p.is_floating_point()), None)
+    doubles: list[bool] = []
+    apply_to_collection(batch, Tensor, lambda x: doubles.append(x.dtype == torch.float64))
+    if any(doubles) and weight is not None and weight.dtype != torch.float64:
+        return (
+            "the batch is float64 and the student's weights are not, expected one precision: convert in the data set, "
+            f'x.to({weight.dtype}), or pass the Trainer precision="64-true"'
+        )
+    return (
+        "does the batch fit the step? If it is for want of what on_fit_start or on_train_start make, make that in "
+        "__init__, setup or configure_model"
+    )
 
 
 class AsInTraining(Classification):

@@ -63,7 +63,7 @@ def test_what_fills_up_says_nothing_of_its_class(loss: DistillationLoss, filler:
         gradients.append(z.grad)
     torch.testing.assert_close(value(loss, student, filled), value(loss, student, two))
     torch.testing.assert_close(*gradients)
-    check_outputs(DistillationObjective({"it": loss}), Outputs(student), filled, None, Classification())
+    check_outputs(DistillationObjective({"it": loss}), Outputs(student), filled)
 
 
 def test_of_more_than_it_wants_a_loss_takes_the_best_however_they_are_ordered() -> None:
@@ -129,7 +129,7 @@ def test_a_loss_that_reads_all_logits_is_refused_by_name(name: str) -> None:
     student, teacher = pair()
     objective = DistillationObjective({"kd": KD(), "mine": refusals()[name]})
     with pytest.raises(ValueError, match=r"losses \['mine'\] read the teacher's logits of all classes, got its 3 best"):
-        check_outputs(objective, Outputs(student), best(teacher, 3), None, Classification())
+        check_outputs(objective, Outputs(student), best(teacher, 3))
     # Also by somebody who calls the objective in a training_step of their own.
     with pytest.raises(ValueError, match=r"loss 'mine': .*reads the teacher's logits of all classes, got its 3 best"):
         objective(Outputs(student), best(teacher, 3), torch.arange(6) % 5)
@@ -149,7 +149,7 @@ def test_what_is_not_known_cannot_be_standardised(loss: DistillationLoss) -> Non
 def test_losses_that_read_no_logits_of_the_teacher_are_not_refused() -> None:
     student, teacher = pair()
     objective = DistillationObjective({"hard_label": HardLabel(), "hint": Hint("f"), "cwd": losses.CWD("f")})
-    check_outputs(objective, Outputs(student), best(teacher, 3), None, Classification())
+    check_outputs(objective, Outputs(student), best(teacher, 3))
 
 
 def test_losses_of_somebody_who_has_not_said_so_are_refused() -> None:
@@ -158,15 +158,13 @@ def test_losses_of_somebody_who_has_not_said_so_are_refused() -> None:
 
     student, teacher = pair()
     with pytest.raises(ValueError, match=r"losses \['mine'\] read .*take kd, forward_kl, top_k_kl or deit_hard"):
-        check_outputs(
-            DistillationObjective({"mine": Mine()}), Outputs(student), best(teacher, 3), None, Classification()
-        )
+        check_outputs(DistillationObjective({"mine": Mine()}), Outputs(student), best(teacher, 3))
 
 
 def check(indices: list[list[int]], log_probs: Tensor) -> None:
     student = Outputs(wave((len(indices), 5), 1.0, 0.2))
     given = Outputs.of_top_k(torch.tensor(indices), log_probs)
-    check_outputs(DistillationObjective({"kd": KD()}), student, given, None, Classification())
+    check_outputs(DistillationObjective({"kd": KD()}), student, given)
 
 
 HALVES = torch.tensor([[0.5, 0.25]]).log()

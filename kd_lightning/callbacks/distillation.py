@@ -14,26 +14,35 @@ from torch import Tensor, nn
 
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known
 from kd_lightning.checkpoint import mismatch
-from kd_lightning.lookahead import training_batches
-from kd_lightning.losses.base import DistillationLoss
+from kd_lightning.divergence import Divergence, parts_of
+from kd_lightning.lookahead import training_batches, training_loader
+from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import Outputs, class_dim
+from kd_lightning.outputs import Outputs
 from kd_lightning.preflight import (
+    check_class_names,
     check_labels,
     check_logits,
+    check_networks,
+    check_optimizer,
     check_outputs,
     check_parts,
     check_source,
     check_teacher_accuracy,
     check_top_k,
+    check_trainable,
+    classes_of,
     compute_once,
     first_batch,
+    need_labels,
     samples_needed,
+    warn_of_missing_classes,
 )
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tap import Seen, Tap
 from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
+from kd_lightning.tasks.classification import as_indices
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
 from kd_lightning.trial import AsInTraining, Trial, few
@@ -90,12 +99,12 @@ class Distillation(Callback):
         task_weight: float = 1.0,
         check_teacher: bool = True,
     ) -> None:
-        if "task" in losses:
-            raise ValueError("'task' is the name of the module's own loss: give this one another")
-        if task_weight < 0:
-            raise ValueError(f"expected task_weight >= 0, got {task_weight}: 0 leaves the module's own loss out")
+        if not is_finite_number(task_weight) or task_weight < 0:
+            raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses)
+        if "task" in losses:
+            raise ValueError("'task' is the name of the module's own loss: give this one another")
         self.student, self.task_weight = student, task_weight
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
@@ -108,6 +117,7 @@ class Distillation(Callback):
         self._teacher_accuracy_logged = False
         self._steps = 0
         self._resumption = Resumption()
+        self._divergence = Divergence()
         check_parts(self.teacher, self.objective)
         if self.teacher.learns and logits is not None:
             raise ValueError(
@@ -128,6 +138,7 @@ class Distillation(Callback):
             return
         _check_module(pl_module)
         self._teacher_accuracy_logged = False
+        self._divergence = Divergence()
         self._trial = Trial(pl_module, trainer, self._tap)
         self._preflight(pl_module, self._trial)
         _check_averaging(trainer, self)
@@ -175,6 +186,8 @@ class Distillation(Callback):
                 "expected them to be trained: build it from self.parameters() in configure_optimizers, or take losses "
                 "without projectors"
             )
+        if trainer.optimizers and type(trainer.strategy).__name__ != "DeepSpeedStrategy":  # whose hold copies
+            check_optimizer(trainer.optimizers, dict(self._tap.student_of(pl_module).named_parameters()))
         assert self._trial is not None
         if self.check_teacher:
             self._trial.module.to(pl_module.device)
@@ -220,6 +233,10 @@ class Distillation(Callback):
         total, terms = self.objective(student, teacher, self._task.target(around.batch))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
+        whole = Batch(seen.inputs[0] if seen.inputs else (around.batch,), {}, None)
+        every = {**terms, "task": Term(task_loss, task_loss)}
+        network = self._tap.student_of(module)
+        self._divergence.watch(module.trainer, total, lambda: parts_of(whole, network, student, teacher, every))
         if logs_this_step(module.trainer):
             terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
             values = {name: Term(term.raw.detach(), term.weighted.detach()) for name, term in terms.items()}
@@ -314,6 +331,12 @@ class Distillation(Callback):
 
     # At the end.
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._divergence.check_weights(self._tap.student_of(pl_module))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._divergence.check_weights(self._tap.student_of(pl_module))
+
     def state_dict(self) -> dict[str, Any]:
         state = {"losses": self.objective.state_dict(), "rng_states": rng_states()}
         return {**state, "teacher": self.teacher.state_dict()} if self.teacher.learns else state
@@ -333,7 +356,8 @@ class Distillation(Callback):
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
     def _preflight(self, module: LightningModule, trial: Trial) -> None:
-        raw, first = first_batch(training_batches(module), self.objective, self._task)
+        loader = training_loader(module)
+        raw, first = first_batch(training_batches(module, loader=loader), self.objective, self._task)
         around = self._unwrapped(raw)
         raw = around.batch
         batch = few(raw, samples_needed(self.objective))
@@ -344,23 +368,27 @@ class Distillation(Callback):
                 raise
             batch = raw  # a step may want whole batches
             seen = trial.run(batch, self.objective.student_layers)
-        check_logits("student", seen.logits, 'name the layer before the softmax with logits="..."')
+        attached = self._student_to_attach(module, trial)
+        check_networks(attached, self.teacher)
+        check_trainable(self._tap.student_of(trial.module))
+        check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
         around = _first(around, len(seen.logits))._replace(batch=batch)
         of_teacher = self._batch_of_teacher(around, seen)
         check_source(self.teacher, of_teacher)
-        attached = self._student_to_attach(module, trial)
         self.teacher.prepare(attached)
         teacher = self.teacher.dry(of_teacher, self.objective.teacher_layers)
         features = {name: x.detach() for name, x in seen.features.items()}
         student = Outputs(seen.logits.detach(), features, around.samples)
         target = self._task.target(batch)
-        check_outputs(self.objective, student, teacher, target, self._task)
+        check_outputs(self.objective, student, teacher)
+        if first.target is not None and need_labels(self.objective):
+            names = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+            check_class_names(names, student.logits)
+            check_labels(first.target, student.logits, self._task)
+            warn_of_missing_classes(loader, classes_of(student), names)
         self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
-        classes = student.logits.shape[class_dim(student.logits)]
-        check_top_k(first.teacher, classes)
-        if first.target is not None:
-            check_labels(first.target, classes, self._task)
+        check_top_k(first.teacher, classes_of(student))
 
     def _student_to_attach(self, module: LightningModule, trial: Trial) -> nn.Module:
         """Return the student itself, or the copy where the module makes it, or parts of it, only after this setup."""
@@ -409,7 +437,8 @@ class _Reading(Classification):
 
     def target(self, batch: Any) -> Tensor | None:
         if self._target is not None:
-            return self._target(batch)
+            target: Tensor | None = as_indices(self._target(batch))
+            return target
         try:
             return super().read(batch).target
         except TypeError as error:

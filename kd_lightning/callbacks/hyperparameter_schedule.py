@@ -5,9 +5,13 @@ from operator import attrgetter
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.schedules import Schedule
 from kd_lightning.tracking.metrics import logs_this_step
+
+_GRID = tuple(i / 1000 for i in range(1001))
+"""Where a schedule is looked at before the training; each step's value is looked at again."""
 
 
 class HyperparameterSchedule(Callback):
@@ -22,8 +26,8 @@ class HyperparameterSchedule(Callback):
         schedule: Progress in [0, 1] to a value; see ``kd_lightning.schedules``.
 
     Raises:
-        ValueError: At the start of ``fit``, when the path does not lead to a number, or the length of the training
-            is not known.
+        ValueError: At the start of ``fit``, when the path does not lead to a number, the length of the training is
+            not known, or the schedule leads to a value that is not finite, a negative weight, or a temperature ≤ 0.
 
     Example:
         >>> from kd_lightning.schedules import warmup
@@ -40,17 +44,27 @@ class HyperparameterSchedule(Callback):
         self.check(pl_module)
 
     def check(self, pl_module: LightningModule) -> None:
-        """Raise ValueError when the path does not lead to a number."""
+        """Raise ValueError when the path does not lead to a number, or the schedule to one that it cannot be."""
         try:
-            value = getattr(self._find_owner(pl_module), self._name)
+            owner = self._find_owner(pl_module)
+            value = getattr(owner, self._name)
         except AttributeError as error:
             raise ValueError(f"schedule path {self.path!r}: {error}{_known(pl_module)}") from error
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"schedule path {self.path!r} leads to a {type(value).__name__}, expected a number")
+        for share in _GRID:
+            self._value(owner, share)
+
+    def _value(self, owner: object, share: float) -> float:
+        of_loss = isinstance(owner, DistillationLoss)
+        positive, not_negative = of_loss and self._name == "temperature", of_loss and self._name == "weight"
+        return value_at(share, self.path, self.schedule, positive=positive, not_negative=not_negative)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        value = self.schedule(progress(trainer))
-        setattr(self._find_owner(pl_module), self._name, value)
+        share = progress(trainer)
+        owner = self._find_owner(pl_module)
+        value = self._value(owner, share)
+        setattr(owner, self._name, value)
         if logs_this_step(trainer):
             pl_module.log(self.path.replace(".", "/"), value)
 
@@ -75,7 +89,8 @@ class TemperatureSchedule(Callback):
 
     Raises:
         ValueError: At the start of ``fit``, when no such loss is there, when it learns its temperature
-            (:class:`~kd_lightning.losses.CurriculumTemperature`), or the length of the training is not known.
+            (:class:`~kd_lightning.losses.CurriculumTemperature`), the length of the training is not known, or the
+            schedule leads to a temperature that is not positive.
 
     Example:
         >>> from kd_lightning.schedules import linear
@@ -91,7 +106,9 @@ class TemperatureSchedule(Callback):
         self.check(pl_module)
 
     def check(self, pl_module: LightningModule) -> None:
-        """Raise ValueError when no such loss is there."""
+        """Raise ValueError when no such loss is there, or a temperature of the schedule is not positive."""
+        for share in _GRID:
+            value_at(share, "temperature", self.schedule, positive=True)
         objective = find_objective(pl_module)
         found = objective.temperatures() if objective is not None else {}
         numbers = _numbers(objective) if objective is not None else []
@@ -107,12 +124,36 @@ class TemperatureSchedule(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        value = self.schedule(progress(trainer))
+        share = progress(trainer)
+        value = value_at(share, "temperature", self.schedule, positive=True)
         objective = find_objective(pl_module)
         assert objective is not None
         for name in _numbers(objective):
             if self.loss in (None, name):
                 setattr(objective.losses[name], "temperature", value)  # noqa: B010
+
+
+def value_at(
+    share: float, name: str, schedule: Schedule, *, positive: bool = False, not_negative: bool = False
+) -> float:
+    """Return the value of a schedule, which has to be a finite number; and above 0, or not below, where that is asked.
+
+    Raises:
+        ValueError: With the name of what is scheduled.
+    """
+    try:
+        value = schedule(share)
+    except TypeError as error:
+        raise ValueError(
+            f"the schedule of {name!r} cannot be computed ({error}), expected numbers as its arguments"
+        ) from error
+    if is_finite_number(value) and not (positive and value <= 0) and not (not_negative and value < 0):
+        return value
+    expected = "above 0" if positive else "of 0 or more" if not_negative else "that are finite numbers"
+    raise ValueError(
+        f"the schedule of {name!r} gives {value!r} after {share:.1%} of the training, expected values {expected} "
+        "throughout: change its start, end or values"
+    )
 
 
 def _numbers(objective: DistillationObjective) -> list[str]:

@@ -1,6 +1,8 @@
 """What every distillation loss has in common."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class DistillationLoss(nn.Module):
             :attr:`compares_samples`. Every process then computes the loss of the whole batch.
 
     Raises:
-        ValueError: For a negative weight, and for layers that do not come in pairs.
+        ValueError: For a weight that is negative or no finite number, and for layers that do not come in pairs.
     """
 
     needs_labels = False
@@ -33,6 +35,8 @@ class DistillationLoss(nn.Module):
     """Whether the batch has to say which samples of the data set it holds; see :class:`kd_lightning.data.WithIds`."""
     needs_same_classes = True
     """Whether the student's classes have to be the teacher's."""
+    takes_one_output = False
+    """Whether the logits may be a single number, which is no class but a quantity: its softmax would be 1 for any."""
     takes_top_k = False
     """Whether the teacher's k best classes (:class:`~kd_lightning.outputs.TopK`) do in the place of its logits."""
     needs_teacher_network = False
@@ -51,8 +55,8 @@ class DistillationLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"expected weight >= 0, got {weight}: leave the loss out, or pass 0 to only log it")
+        if not is_finite_number(weight) or weight < 0:
+            raise ValueError(f"expected weight >= 0, got {weight!r}: leave the loss out, or pass 0 to only log it")
         self.weight = weight
         self.student_layers = tuple(student_layers)
         self.teacher_layers = self.student_layers if teacher_layers is None else tuple(teacher_layers)
@@ -169,17 +173,25 @@ def _k(teacher: Outputs) -> int:
     return 0 if teacher.top_k is None else teacher.top_k.indices.shape[-1]
 
 
+def is_finite_number(value: object) -> bool:
+    """Tell whether a value is a number that a loss can be multiplied by; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError unless the temperature is positive."""
-    if not temperature > 0:
-        raise ValueError(f"expected temperature > 0, got {temperature}: 1 leaves the logits as they are, 2 to 8 soften")
+    """Raise ValueError unless the temperature is a positive, finite number."""
+    number = isinstance(temperature, Tensor) or is_finite_number(temperature)
+    if not number or not temperature > 0:
+        raise ValueError(
+            f"expected temperature > 0, got {temperature!r}: 1 leaves the logits as they are, 2 to 8 soften"
+        )
 
 
 def check_not_negative(**coefficients: float) -> None:
-    """Raise ValueError for a coefficient that would turn a term round."""
+    """Raise ValueError for a coefficient that is negative, or no finite number."""
     for name, value in coefficients.items():
-        if not value >= 0:
-            raise ValueError(f"expected {name} >= 0, got {value}: 0 leaves its part of the loss out")
+        if not is_finite_number(value) or value < 0:
+            raise ValueError(f"expected {name} >= 0, got {value!r}: 0 leaves its part of the loss out")
 
 
 def check_same_shape(student: Tensor, teacher: Tensor, what: str = "logits") -> None:

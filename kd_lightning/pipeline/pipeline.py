@@ -138,7 +138,8 @@ class Pipeline:
                 check_parts(Stored(), DistillationObjective(recipe.losses()))
             module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
             batches = loader_batches(data.train_dataloader())
-            dry_run(batches, module.student, module.teacher, module.objective, module.task)
+            names = getattr(data, "class_names", None)
+            dry_run(batches, module.student, module.teacher, module.objective, module.task, class_names=names)
             if teacher is not None:
                 teacher.start(module.student)
             for callback in recipe.callbacks():

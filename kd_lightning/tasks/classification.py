@@ -13,14 +13,21 @@ IGNORE_INDEX = -100
 """The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
 
 
+def as_indices(target: Any) -> Any:
+    """Return class indices of any integer type, or bools, as int64; anything else as it is."""
+    if isinstance(target, Tensor) and target.dtype != torch.int64 and not target.is_floating_point():
+        return target if target.is_complex() else target.long()
+    return target
+
+
 class Classification:
     """Batches of (input, target), of inputs alone, or mappings with ``labels`` as Hugging Face data sets give them.
 
     A teacher's outputs may come along: around the batch (:class:`~kd_lightning.tasks.Taught`), as the third part of a
     tuple, or in a mapping by names such as ``teacher_logits``; see :class:`~kd_lightning.teachers.FromBatch`.
 
-    Targets are class indices, -100 for a sample (a pixel, a token) without label, or probabilities of the logits' shape
-    (mixup).
+    Targets are class indices of any integer type (or bools, for classes 0 and 1), -100 for a sample (a pixel, a token)
+    without label, or probabilities of the logits' shape (mixup).
     """
 
     label_keys = ("labels", "label", "target")
@@ -32,7 +39,8 @@ class Classification:
             TypeError: For a batch of another kind.
         """
         batch, samples, teacher = unwrapped(batch, bare=True)
-        return self._read(batch)._replace(samples=samples, teacher=teacher)
+        read = self._read(batch)
+        return read._replace(target=as_indices(read.target), samples=samples, teacher=teacher)
 
     def _read(self, batch: Any) -> Batch:
         if isinstance(batch, Mapping):

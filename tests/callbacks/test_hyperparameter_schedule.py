@@ -235,5 +235,7 @@ def test_of_several_losses_those_with_a_number_are_scheduled(name: str | None) -
 
 
 def test_a_schedule_that_leaves_the_positive_temperatures_is_stopped() -> None:
-    with pytest.raises(ValueError, match=r"expected temperature > 0, got 0\.0"):
-        trainer(max_epochs=4, callbacks=[TemperatureSchedule(linear(8, -8))]).fit(distillation(), loader(16))
+    fit = trainer(max_epochs=4, callbacks=[TemperatureSchedule(linear(8, -8))])
+    with pytest.raises(ValueError, match=r"gives 0\.0 after 50\.0% of the training, expected values above 0"):
+        fit.fit(distillation(), loader(16))
+    assert fit.global_step == 0

@@ -146,10 +146,13 @@ def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Pat
             ["losses=[kd,hint]", "losses.hint.student_layer=blok3", "losses.hint.teacher_layer=block4"],
             r"student CNN8 has no layer 'blok3'.*block3 \(2, 16, 4, 4\)",
         ),
-        (["student.network.num_classes=7", "stages=[teacher,distilled]"], "student has 7 classes and the teacher 10"),
+        (
+            ["student.network.num_classes=7", "stages=[teacher,distilled]"],
+            "student has 7 outputs and the data 10 classes",
+        ),
         (
             ["student.network.num_classes=7", "teacher.network.num_classes=7"],
-            "label . is out of range, expected 0 to 6",
+            "has 7 outputs and the data 10 classes",
         ),
         (["models@student.network=resnet8x4"], r"cannot take a batch of shape \(2, 1, 28, 28\)"),
         (["stages=[distilled]"], "needs a teacher: add teacher to the stages"),
@@ -163,6 +166,10 @@ def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Pat
             r"reference 'b' is no distilled model, expected one of \['a'\]",
         ),
         (["callbacks=[temperature_schedule]", "losses=[hard_label]"], "no loss has a temperature to schedule"),
+        (
+            ["callbacks=[temperature_schedule]", "callbacks.temperature_schedule.schedule.end=-1"],
+            r"schedule of 'temperature' gives .* expected values above 0",
+        ),
     ],
 )
 def test_a_mistake_is_an_error_before_anything_is_trained(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -170,6 +177,17 @@ def test_a_mistake_is_an_error_before_anything_is_trained(tmp_path: Path, argume
     assert re.search(message, " ".join(printed.split())), printed
     assert "Traceback" not in printed
     assert not list(tmp_path.glob("mlruns/stages/*/final.ckpt"))
+
+
+def test_a_training_that_diverges_is_one_line_and_no_verdict(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    printed = " ".join(kd_lightning(*TINY, "optimizer.lr=1e30", "logger=null", cwd=folder, code=1).split())
+    assert re.search(r"kd-lightning: the training has diverged at step \d: the student's (weights|logits)", printed), (
+        printed
+    )
+    assert "lower the learning rate" in printed
+    assert "Traceback" not in printed
+    assert "orth it" not in printed
 
 
 def test_a_checkpoint_of_another_network_is_refused(finished, tmp_path: Path) -> None:

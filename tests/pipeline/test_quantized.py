@@ -238,7 +238,7 @@ def test_what_would_make_the_comparison_an_empty_one_is_warned_of(changes, warni
 
 def test_a_file_that_overflows_here_is_warned_of_with_the_remedy() -> None:
     off = made(np.arange(100) % 10, agreement_file=0.93)
-    (found,) = warnings_of(off, 0.09, 0.1, 1000, QuantizationSpec(target="vnni").mismatch({"avx2"}))
+    (found,) = warnings_of(off, 0.09, 10, 1000, QuantizationSpec(target="vnni").mismatch({"avx2"}))
     assert found == (
         "its file predicts what the fake-quantised network predicts on 93.0% of the test images: target='vnni' is "
         "exact on x86 with VNNI or AMX, and this processor has AVX2, where sums of 8-bit products may overflow: take "

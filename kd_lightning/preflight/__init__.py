@@ -1,0 +1,39 @@
+"""What can be known to be wrong before the first training step; both front doors and the pipeline ask here."""
+
+from kd_lightning.preflight.batches import check_source, converts_inputs, first_batch, need_labels
+from kd_lightning.preflight.dry_run import compute_once, dry_run, samples_needed
+from kd_lightning.preflight.labels import check_class_names, check_labels, warn_of_missing_classes
+from kd_lightning.preflight.networks import (
+    check_checkpoint,
+    check_factories,
+    check_networks,
+    check_optimizer,
+    check_parts,
+    check_trainable,
+)
+from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
+from kd_lightning.preflight.teacher_accuracy import check_teacher_accuracy
+
+__all__ = [
+    "check_checkpoint",
+    "check_class_names",
+    "check_factories",
+    "check_labels",
+    "check_logits",
+    "check_networks",
+    "check_optimizer",
+    "check_outputs",
+    "check_parts",
+    "check_source",
+    "check_teacher_accuracy",
+    "check_top_k",
+    "check_trainable",
+    "classes_of",
+    "compute_once",
+    "converts_inputs",
+    "dry_run",
+    "first_batch",
+    "need_labels",
+    "samples_needed",
+    "warn_of_missing_classes",
+]

@@ -1,0 +1,106 @@
+"""Run both networks on a few samples of the training, and compute the losses once."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+
+from kd_lightning.dry_forward import dry_forward
+from kd_lightning.objective import DistillationObjective
+from kd_lightning.outputs import Outputs
+from kd_lightning.preflight.batches import check_precision, check_source, first_batch, need_labels, take
+from kd_lightning.preflight.labels import check_class_names, check_labels
+from kd_lightning.preflight.networks import check_networks, check_trainable
+from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
+from kd_lightning.tasks import Classification
+from kd_lightning.teachers import TeacherSource
+
+
+def dry_run(
+    batches: Iterable[Any],
+    student: nn.Module,
+    teacher: TeacherSource | None,
+    objective: DistillationObjective,
+    task: Classification,
+    class_names: Sequence[str] | None = None,
+    any_precision: bool = True,
+) -> int:
+    """Run both networks on a few samples of the training, build the losses, compute them once.
+
+    Leaves networks and random number generators as they were.
+
+    Args:
+        batches: Of the training; see :func:`training_batches` and :func:`loader_batches`.
+        student: Without a trace of this afterwards.
+        teacher: Likewise.
+        objective: Has its projectors afterwards.
+        task: Reads the batches.
+        class_names: Those of the data, where it names them.
+        any_precision: Whether inputs may be of another precision than the student, as the Trainer converts them.
+
+    Returns:
+        The student's number of classes.
+
+    Raises:
+        ValueError: With what was expected, what came and what to do.
+    """
+    check_networks(student, teacher)
+    check_trainable(student)
+    _, batch = first_batch(batches, objective, task)
+    if not any_precision:
+        check_precision(batch, student)
+    few = take(batch, samples_needed(objective), task)
+
+    def student_outputs() -> Outputs:
+        outputs = dry_forward("student", student, few.args, few.kwargs, objective.student_layers, with_graph=True)
+        check_logits("student", outputs.logits)
+        features = {name: x.detach() for name, x in outputs.features.items()}
+        return outputs._replace(logits=outputs.logits.detach(), features=features, samples=few.samples)
+
+    check_source(teacher, few)
+    if teacher is not None:
+        teacher.prepare(student)
+    first, teacher_outputs = student_outputs(), None
+    if teacher is not None:
+        teacher_outputs = teacher.dry(few, objective.teacher_layers)
+    check_class_names(class_names, first.logits)
+    check_outputs(objective, first, teacher_outputs)
+    if batch.target is not None and (need_labels(objective) or classes_of(first) > 1):
+        check_labels(batch.target, first.logits, task)
+    objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
+    built = student_outputs() if objective.changes_student else first
+    compute_once(objective, built, teacher_outputs, few.target)
+    check_top_k(batch.teacher, classes_of(first))
+    return classes_of(first)
+
+
+def samples_needed(objective: DistillationObjective) -> int:
+    """Return how many samples the losses can be computed on, 2 at least."""
+    return max(2, *(loss.min_batch_size for loss in objective.named_losses().values()))
+
+
+def compute_once(
+    objective: DistillationObjective, student: Outputs, teacher: Outputs | None, target: Tensor | None
+) -> None:
+    """Compute the losses, in eval mode: nothing is remembered of these samples.
+
+    Raises:
+        ValueError: For a loss that is not finite.
+    """
+    mode = objective.training
+    objective.eval()
+    with torch.no_grad():
+        device = student.logits.device
+        total, _ = objective(
+            student,
+            None if teacher is None else move_data_to_device(teacher, device),
+            None if target is None else target.to(device),
+        )
+    objective.train(mode)
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the losses give {total.item()} before the first step, expected a finite value: look for NaN or infinite "
+            "weights in student and teacher"
+        )
