@@ -145,10 +145,12 @@ def _check_agreement(
     runtime = {"onnx": "onnxruntime", "openvino": "openvino"}.get(format)
     overflow = spec_of(job.network).mismatch() if is_prepared(job.network) else ""
     remedy = overflow or "take a higher precision, or train for this one; or lower least_agreement"
-    where = worst_layer(job.network, job.batch, job.file, runtime, written.layers) if runtime else ""
+    where = ""
+    if runtime and not overflow:  # whose layers, asked for their outputs, are computed in float, and do not overflow
+        where = f"; {worst_layer(job.network, job.batch, job.file, runtime, written.layers)}"
     raise ValueError(
         f"{job.path.name} in {job.precision} gives the same class as {type(student).__name__} for "
         f"{found.agreement:.1%} of the {len(logits)} samples, its logits differ by {found.max_difference:.2g} at most; "
         f"expected {least:.1%}"
-        f"{f' and {most:.2g}' if most < float('inf') else ''}; {where}. Nothing was written: {remedy}"
+        f"{f' and {most:.2g}' if most < float('inf') else ''}{where}. Nothing was written: {remedy}"
     )
