@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd_lightning import Distillation, DistillationModule, Outputs, load_student
 from kd_lightning.losses import HardLabel, SimKD
 from kd_lightning.models import CNN8, CNN64, resnet8x4
-from tests.command import TINY, kd_lightning
+from tests.command import TINY, copied, kd_lightning
 from tests.losses.reference import wave
 from tests.tiny import CLASSES, assert_equal, good_teacher, loader, network, samples, sgd, trainer, weights
 
@@ -194,15 +194,17 @@ def test_layers_of_different_kinds_and_wrong_reductions_are_refused() -> None:
 
 
 @pytest.mark.integration
-def test_a_pipeline_tests_and_reuses_the_changed_student(tmp_path: Path) -> None:
+def test_a_pipeline_tests_and_reuses_the_changed_student(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
     layers = {"student_layer": "flatten", "teacher_layer": "hidden"}
     layers |= {"student_classifier": "head", "teacher_classifier": "head"}
     arguments = ["losses=[simkd]", *(f"losses.simkd.{key}={value}" for key, value in layers.items()), "logger=null"]
-    printed = kd_lightning(*TINY, *arguments, cwd=tmp_path)
+    printed = kd_lightning(*TINY, *arguments, cwd=folder)
+    assert printed.count("reused") == 3
     assert "distilled-simkd-s0: " in printed
     changed = SimKD(**layers).change(CNN8(), CNN64(), torch.zeros(2, 1, 28, 28))
     count = f"{sum(p.numel() for p in changed.parameters()):,}"
     assert count in printed
-    printed = kd_lightning(*TINY, *arguments, cwd=tmp_path)
+    printed = kd_lightning(*TINY, *arguments, cwd=folder)
     assert printed.count("reused") == 4
     assert count in printed

@@ -219,10 +219,12 @@ def test_composed_losses_schedules_and_unlabelled_images(tmp_path: Path) -> None
     assert {"train/loss/hint", "train/loss/kd", "train/loss/hard_label"} <= set(distilled.data.metrics)
 
 
-def test_training_for_few_bits_is_one_more_callback(tmp_path: Path) -> None:
-    printed = kd_lightning(*TINY, "callbacks=[quantization_aware_training]", cwd=tmp_path)
+def test_training_for_few_bits_is_one_more_callback(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    (plain,) = folder.glob("mlruns/stages/distilled-*")
+    printed = kd_lightning(*TINY, "callbacks=[quantization_aware_training]", cwd=folder)
     assert "per s at 64" in printed  # the verdict, which loads what was trained
-    (file,) = tmp_path.glob("mlruns/stages/distilled-*/final.ckpt")
+    (file,) = (file for file in folder.glob("mlruns/stages/distilled-*/final.ckpt") if file.parent != plain)
     state = torch.load(file, weights_only=True)["state_dict"]
     enabled, observing, observed = state["block1.0.weight_quantizer._extra_state"].tolist()
     assert (enabled, observing, observed) == (1, 0, 1)
