@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from kd_lightning.files import temporary_suffix
+
 
 @contextmanager
 def new_files(path: Path) -> Iterator[Path]:
@@ -18,7 +20,7 @@ def new_files(path: Path) -> Iterator[Path]:
         raise IsADirectoryError(f"expected the path of a file, got the folder {path}: add the name of the file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        folder = TemporaryDirectory(prefix=f".{path.name}.", suffix=temporary_suffix(), dir=path.parent)
     except OSError as error:
         raise OSError(
             error.errno,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.export.formats import require
+from kd_lightning.files import remove_leftovers
 from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.pipeline.files import write_atomically
+from kd_lightning.pipeline.fingerprint import code_of
 from kd_lightning.pipeline.latency import Latency, measure
+from kd_lightning.pipeline.lock import held_if_free
 from kd_lightning.pipeline.progress import StageProgress
 from kd_lightning.pipeline.quantizing import QuantizedStage, check_can_be_quantized
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Verdict
+from kd_lightning.pipeline.run_id import read_run_id, remove_run_id, write_run_id
 from kd_lightning.pipeline.runtimes import measure_files
 from kd_lightning.pipeline.serving import float_file
 from kd_lightning.pipeline.stage import run_stage
@@ -100,27 +104,34 @@ class Pipeline:
             ValueError: For whatever :mod:`kd_lightning.preflight` finds in any stage, before the first is trained.
             OSError: When ``work_dir`` cannot be written to, before anything is trained.
         """
+        if is_rank_zero():
+            for left in (self.work_dir, *self.work_dir.glob("*/")):
+                remove_leftovers(left)
         check_writable(self.work_dir)
         self._check_recipes()
+        for recipe in self._recipes():
+            code_of(recipe)  # is read now, ahead of edits during the training: what was imported is what runs
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
-        marker = folder / "run_id"  # there while the pipeline is under way
-        tracking = Tracking(self.make_logger, self.name, self.config, marker.read_text() if marker.is_file() else None)
-        if is_rank_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            if tracking.run_id is not None:
-                write_atomically(marker, tracking.run_id.encode())
-        try:
-            finished = self._run_stages(tracking)
-            if not is_rank_zero():
-                return None
-            verdict = self._compare(finished, tracking, folder / "verdict.json") if self.verdict else None
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-            tracking.finish(tracking.run_id, "KILLED" if interrupted else "FAILED")
-            raise
-        tracking.finish(tracking.run_id)
-        marker.unlink(missing_ok=True)
-        return verdict
+        # Where another process runs the very same pipeline, this one has a parent run of its own.
+        with held_if_free(folder) if is_rank_zero() else nullcontext(False) as alone:
+            # The marker is there while the pipeline is under way.
+            known = read_run_id(folder, self._fingerprint()) if alone else None
+            tracking = Tracking(self.make_logger, self.name, self.config, known)
+            if alone and tracking.run_id is not None:
+                write_run_id(folder, tracking.run_id, self._fingerprint())
+            try:
+                finished = self._run_stages(tracking)
+                if not is_rank_zero():
+                    return None
+                verdict = self._compare(finished, tracking, folder / "verdict.json") if self.verdict else None
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+                tracking.finish(tracking.run_id, "KILLED" if interrupted else "FAILED")
+                raise
+            tracking.finish(tracking.run_id)
+            if alone:
+                remove_run_id(folder)
+            return verdict
 
     def _check_recipes(self) -> None:
         """Make everything once and run it dry, so that no stage fails after those before it were trained."""

@@ -184,7 +184,7 @@ def names_of(spec: QuantizationSpec) -> tuple[str, str]:
 
 
 def _config(source: Finished, settings: dict[str, Any]) -> dict[str, Any]:
-    return {**source.recipe.config, "quantized": {**settings, "source": source.folder.fingerprint}}
+    return {**source.recipe.config, "quantized": {**settings, "source": source.folder.identity()}}
 
 
 def _to_train(source: Finished) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kd_lightning.export import export, integer_operators
 from kd_lightning.pipeline.chance import AT_CHANCE, ONE_CLASS, at_chance
+from kd_lightning.pipeline.lock import held
 from kd_lightning.pipeline.recipe import Quantizing
 from kd_lightning.pipeline.results import Quantized, Result
 from kd_lightning.pipeline.runtimes import predictions
@@ -37,9 +38,11 @@ def post_training(network: nn.Module, data: LightningDataModule, quantizing: Qua
 
 
 def float_file(stage: Finished, data: LightningDataModule) -> Path:
-    """Return a trained network's file in fp32, which is written where it is not there yet."""
-    if not stage.folder.file.is_file():
-        export(stage.network(), _example(data), stage.folder.file, least_agreement=_LEAST, **described(data))
+    """Return a trained network's file in fp32, which is written where it is not there yet, or damaged."""
+    with held(stage.folder.path, f"the stage {stage.recipe.name}"):
+        if not stage.folder.has_file():
+            export(stage.network(), _example(data), stage.folder.file, least_agreement=_LEAST, **described(data))
+            stage.folder.record_file()
     return stage.folder.file
 
 

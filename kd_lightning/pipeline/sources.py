@@ -1,6 +1,5 @@
 """Where the outputs of a student's teacher come from: what the chosen source takes, and whose networks it gets."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_lightning.files import sha256_of
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.teachers import Stored, Teacher, TeacherSource
@@ -89,6 +89,6 @@ def _digests(part: Any) -> Iterator[tuple[str, str]]:
         if isinstance(path, str):
             if not Path(path).is_file():
                 raise ValueError(f"teachers: checkpoint={path}: there is no such file")
-            yield path, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            yield path, sha256_of(Path(path))
     for item in part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ():
         yield from _digests(item)

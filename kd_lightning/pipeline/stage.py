@@ -20,11 +20,13 @@ from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
+from kd_lightning.pipeline.fingerprint import fingerprint_of
 from kd_lightning.pipeline.latency import parameters, size_mb
+from kd_lightning.pipeline.lock import agreed, held_by_ranks
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.serving import post_training, serve
-from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder, fingerprint_of
+from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder
 from kd_lightning.pipeline.teaching import teacher_for
 from kd_lightning.preflight import dry_run
 from kd_lightning.quantization import prepare
@@ -129,6 +131,8 @@ def run_stage(
 ) -> Finished:
     """Train and test one network, or take it from ``stages`` where one with the same fingerprint was finished before.
 
+    Where another process is at work on it, that is waited for.
+
     Args:
         recipe: What to train.
         teacher: Already finished.
@@ -142,12 +146,29 @@ def run_stage(
     finished = partial(
         Finished, recipe=recipe, folder=folder, architecture=partial(_architecture, recipe, data, teacher)
     )
-    result = folder.read()
-    if result is not None:
-        return finished(result=result, reused=True)
-    logger = make_logger(folder.run_id)
-    if is_rank_zero():
-        folder.remember(logger.run_id if logger is not None else None)
+    with held_by_ranks(folder.path, f"the stage {recipe.name}"):
+        result = folder.read()
+        if agreed(result is not None):
+            assert result is not None
+            return finished(result=result, reused=True)
+        logger = make_logger(folder.run_id)
+        if is_rank_zero():
+            folder.remember(logger.run_id if logger is not None else None)
+        _make(recipe, data, teacher, folder, logger, callbacks)
+        result = folder.read()
+    assert result is not None
+    return finished(result=result, reused=False)
+
+
+def _make(
+    recipe: Recipe,
+    data: LightningDataModule,
+    teacher: Finished | None,
+    folder: StageFolder,
+    logger: Logger | None,
+    callbacks: list[Callback],
+) -> None:
+    """Train and test, and write what stays."""
     seed_everything(recipe.seed, verbose=False)
     network, seconds, objective = recipe.network(), 0.0, None
     source, trainer = None, None
@@ -158,7 +179,7 @@ def run_stage(
         data.prepare_data()
         seconds = post_training(network, data, recipe.quantizing)
     else:
-        source = teacher_for(recipe, data, teacher if recipe.needs_teacher else None, stages)
+        source = teacher_for(recipe, data, teacher if recipe.needs_teacher else None, folder.path.parent)
         seconds, objective, trainer = train(recipe, network, data, source, folder, logger, callbacks)
     if is_rank_zero():
         # Scheduled or learnt temperatures have moved.
@@ -171,9 +192,6 @@ def run_stage(
         trainer.strategy.barrier("the stage's files are written")
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-    result = folder.read()
-    assert result is not None
-    return finished(result=result, reused=False)
 
 
 def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> nn.Module:

@@ -1,34 +1,34 @@
 """What stays of a stage on disk, so that it can be gone on with and used again."""
 
-import hashlib
 import io
-import json
 import logging
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_student, load_weights
-from kd_lightning.pipeline.files import write_atomically
+from kd_lightning.files import seal, sha256_of, unseal, write_atomically
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
+from kd_lightning.pipeline.run_id import read_run_id, write_run_id
+from kd_lightning.tracking.runs import is_rank_zero
 
 LAST = "last.ckpt"
-_WEIGHTS, _RESULT, _PREDICTIONS, _RUN_ID = "final.ckpt", "result.json", "predictions.npz", "run_id"
-_FILE = "model.onnx"
+_WEIGHTS, _PREDICTIONS, _FILE, _RESULT = "final.ckpt", "predictions.npz", "model.onnx", "result.json"
 _log = logging.getLogger(__name__)
 
 
 class StageFolder:
-    """What a stage keeps on disk; ``result.json`` is written last, so that a stage is finished or it is not."""
+    """What a stage keeps on disk.
+
+    ``result.json`` is written last, with the SHA-256 of the other files and of itself: a stage is finished and as it
+    was written, or it runs again.
+    """
 
     def __init__(self, stages: Path, recipe: Recipe, fingerprint: str) -> None:
         self.path = stages / f"{recipe.name}-{fingerprint[:12]}"
@@ -46,14 +46,12 @@ class StageFolder:
     @property
     def run_id(self) -> str | None:
         """Of the tracking run that this stage was logged to, if it was begun before."""
-        file = self.path / _RUN_ID
-        return file.read_text().strip() if file.is_file() else None
+        return read_run_id(self.path, self.fingerprint)
 
     def remember(self, run_id: str | None) -> None:
-        """Make the folder, and note the tracking run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Note the tracking run."""
         if run_id is not None:
-            write_atomically(self.path / _RUN_ID, run_id.encode())
+            write_run_id(self.path, run_id, self.fingerprint)
 
     def last_checkpoint(self) -> Path | None:
         """Return the checkpoint of an interrupted training, if there is one that can be read."""
@@ -73,28 +71,80 @@ class StageFolder:
         write_atomically(self.weights, weights.getvalue())
         np.savez_compressed(predictions, predictions=result.predictions, target=result.target)
         write_atomically(self.path / _PREDICTIONS, predictions.getvalue())
-        content = {"fingerprint": self.fingerprint, "result": result.to_dict()}
-        write_atomically(self.path / _RESULT, json.dumps(content, indent=2).encode())
+        self._write(result.to_dict(), [_WEIGHTS, _PREDICTIONS, *([_FILE] if result.quantized is not None else [])])
         (self.path / LAST).unlink(missing_ok=True)
 
     def read(self) -> Result | None:
-        """Return the result of a finished stage, None where it is not finished, or its files are torn."""
+        """Return the result of a finished stage; None where it is not finished.
+
+        None as well where a file is missing or not as it was written, which a line names.
+        """
+        if not (self.path / _RESULT).is_file():
+            return None
         try:
-            content = json.loads((self.path / _RESULT).read_text())
-            if content["fingerprint"] != self.fingerprint:
-                return None
-            load_student(self.weights)
+            content = self._recorded()
+            for name, digest in content["files"].items():
+                _check(self.path / name, digest)
             with np.load(self.path / _PREDICTIONS, allow_pickle=False) as arrays:
                 named = {"label": self.recipe.label, **{key: arrays[key] for key in ("predictions", "target")}}
-                result = Result.from_dict(content["result"], **named)
-            if result.quantized is not None and not self.file.is_file():
-                return None
-            return result
-        except FileNotFoundError:
+            result = Result.from_dict(content["result"], **named)
+            if result.accuracy != content["result"]["accuracy"]:
+                raise ValueError(
+                    f"{_PREDICTIONS} has {result.accuracy} of the test images right, expected "
+                    f"{content['result']['accuracy']} as {_RESULT} says"
+                )
+        except (ValueError, OSError) as error:
+            if is_rank_zero():
+                _log.warning("%s is damaged: %s; the stage runs again", self.path, error)
             return None
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            _log.warning("%s is damaged (%s); the stage runs again", self.path, error)
-            return None
+        if is_rank_zero():
+            (self.path / LAST).unlink(missing_ok=True)  # of a process that was killed between the two
+        return result
+
+    def identity(self) -> str:
+        """Return what a stage that begins with these weights, or learns from them, depends on.
+
+        The fingerprint says how they were made; on some devices that gives other weights each time.
+        """
+        return f"{self.fingerprint} {self._recorded()['files'][_WEIGHTS]}"
+
+    def has_file(self) -> bool:
+        """Tell whether the exported file is there, as it was written; a line names one that is not."""
+        try:
+            digest = self._recorded()["files"].get(_FILE)
+            if digest is None:  # also where the process was killed before it was recorded
+                return False
+            _check(self.file, digest)
+        except (ValueError, OSError) as error:
+            _log.warning("%s is damaged: %s; it is written again", self.file, error)
+            return False
+        return True
+
+    def record_file(self) -> None:
+        """Add the exported file, once it is written, to those that ``result.json`` vouches for."""
+        content = self._recorded()
+        self._write(content["result"], {*content["files"], _FILE})
+
+    def _recorded(self) -> dict[str, Any]:
+        try:
+            content = unseal((self.path / _RESULT).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{_RESULT}: {error}") from error
+        if content["fingerprint"] != self.fingerprint:
+            raise ValueError(f"{_RESULT} is of another stage")
+        return content
+
+    def _write(self, result: Mapping[str, Any], files: Iterable[str]) -> None:
+        digests = {name: sha256_of(self.path / name) for name in sorted(files)}
+        content = {"fingerprint": self.fingerprint, "files": digests, "result": result}
+        write_atomically(self.path / _RESULT, seal(content).encode())
+
+
+def _check(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if sha256_of(path) != digest:
+        raise ValueError(f"{path.name} has other bytes than were written, by its SHA-256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,28 +168,3 @@ class Finished:
         """Return what its losses have learnt, such as projectors."""
         content = torch.load(self.folder.weights, map_location="cpu", weights_only=True)
         return dict(content["losses"])
-
-
-def fingerprint_of(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> str:
-    """Hash all that decides a stage's outcome: its config, data, code, teacher, and the weights it starts from."""
-    config, of_data = dict(recipe.config), getattr(data, "fingerprint", None)
-    if of_data is not None:
-        # It speaks of this role's images: the teacher's do not change with the number of the student's labels.
-        config["data"] = [of_data(), getattr(data, "batch_size", None)]
-    content = {
-        "config": config,
-        "code": _code_version(),
-        "teacher": teacher.folder.fingerprint if teacher is not None and recipe.needs_teacher else None,
-        "checkpoint": recipe.checkpoint and hashlib.sha256(recipe.checkpoint.read_bytes()).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@cache
-def _code_version() -> str:
-    """Hash this package's sources, and name what it computes with."""
-    digest = hashlib.sha256(f"torch {torch.__version__} lightning {lightning.__version__}".encode())
-    package = Path(__file__).parent.parent
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 
 from kd_lightning.objective import DistillationObjective
+from kd_lightning.pipeline.lock import held_by_ranks
 from kd_lightning.pipeline.recipe import Recipe, put_around
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.preflight import check_parts
@@ -45,7 +46,7 @@ def with_members(recipe: Recipe, finished: Mapping[str, Finished]) -> Recipe:
     members, source = [finished[label] for label in recipe.members], recipe.source
     return replace(
         recipe,
-        config={**recipe.config, "members": [member.folder.fingerprint for member in members]},
+        config={**recipe.config, "members": [member.folder.identity() for member in members]},
         source=lambda network: source(network, *(member.network() for member in members)),
         members=(),
     )
@@ -63,21 +64,23 @@ def store(recipe: Recipe, teacher: Finished, stages: Path) -> None:
     data = recipe.data(role=recipe.role, seed=recipe.seed)
     data.prepare_data()
     data.setup("fit")
-    store_outputs(
-        teacher.network(),
-        data.training_set(),  # type: ignore[attr-defined]
-        _path(recipe, data, teacher, stages),
-        views=recipe.stored_outputs["views"],
-        format=recipe.stored_outputs["format"],
-        layers=objective.teacher_layers,
-        seed=recipe.seed,
-    )
+    path = _path(recipe, data, teacher, stages)
+    with held_by_ranks(path, f"the storing of the teacher's outputs for {recipe.name}"):
+        store_outputs(
+            teacher.network(),
+            data.training_set(),  # type: ignore[attr-defined]
+            path,
+            views=recipe.stored_outputs["views"],
+            format=recipe.stored_outputs["format"],
+            layers=objective.teacher_layers,
+            seed=recipe.seed,
+        )
 
 
 def _path(recipe: Recipe, data: LightningDataModule, teacher: Finished, stages: Path) -> Path:
     """Name the folder by all that its content depends on, so that variants with the same needs share it."""
     content = {
-        "teacher": teacher.folder.fingerprint,
+        "teacher": teacher.folder.identity(),
         "data": data.fingerprint(),  # type: ignore[attr-defined]
         "layers": DistillationObjective(recipe.losses()).teacher_layers,
         "seed": recipe.seed,  # of the augmentation

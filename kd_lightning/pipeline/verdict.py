@@ -11,8 +11,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.files import write_atomically
 from kd_lightning.pipeline.chance import learned_nothing
-from kd_lightning.pipeline.files import write_atomically
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.quantized_sentence import quantized_sentence
 from kd_lightning.pipeline.results import TITLES, Model, Quantized, Result, Role, Verdict

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from lightning.pytorch import loggers
 
+from kd_lightning.files import remove_leftovers, temporary_suffix
+
 LOCAL_STORE = "sqlite:///mlruns/mlflow.db"
 
 
@@ -89,9 +91,10 @@ def check_writable(folder: Path, megabytes: int = 64) -> None:
     Raises:
         OSError: With the folder and what to do.
     """
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f".probe{temporary_suffix()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)  # probes of processes that were killed
         with probe.open("wb") as file:
             for _ in range(megabytes):
                 file.write(bytes(1 << 20))
