@@ -54,8 +54,8 @@ def sha256_of(path: Path) -> str:
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """Write values as JSON that ends with a checksum of these values."""
-    return json.dumps({**content, "sha256": _digest(content)}, indent=1)
+    """Write values as JSON that begins with a checksum of these values."""
+    return json.dumps({"sha256": _digest(content), **content}, indent=1)
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
@@ -72,6 +72,14 @@ def unseal(text: str | bytes) -> dict[str, Any]:
     if recorded != _digest(content):
         raise ValueError("its values do not have the checksum that was written with them")
     return dict(content)
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _digest(content: Mapping[str, Any]) -> str:

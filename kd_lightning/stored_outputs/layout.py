@@ -1,12 +1,15 @@
 """Which file holds which row: view v of sample i is row v · samples + i, and files hold equal numbers of rows."""
 
+import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from kd_lightning.files import seal, unseal
 from kd_lightning.stored_outputs.formats import Format, find_format
 from kd_lightning.stored_outputs.store import Store
 
@@ -78,11 +81,18 @@ class Manifest:
         """Of the shards."""
         return -(-self.rows // self.rows_per_shard)
 
+    @cached_property
+    def plan(self) -> str:
+        """A hash of what the rows are and where: files of another plan are not this folder's."""
+        content = [self.fingerprint, self.samples, self.views, self.rows_per_shard, self.classes_first]
+        arrays = [[name, asdict(array)] for name, array in self.arrays.items()]
+        return hashlib.sha256(json.dumps([*content, arrays], sort_keys=True).encode()).hexdigest()
+
     def rows_of(self, shard: int) -> range:
         return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        return seal(asdict(self))
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -95,12 +105,13 @@ def read_manifest(store: Store) -> Manifest | None:
     if text is None:
         return None
     try:
-        content = json.loads(text)
+        content = unseal(text)
         arrays = {name: Array(x["format"], tuple(x["shape"])) for name, x in content.pop("arrays").items()}
         return Manifest(arrays=arrays, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{MANIFEST} in {store} cannot be read ({error}): expected one of this version; take another folder"
+            f"{MANIFEST} in {store} cannot be read ({error}), expected one of this version: call store_outputs again, "
+            "which repairs its own folder, or take another one"
         ) from error
 
 

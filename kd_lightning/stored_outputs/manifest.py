@@ -14,7 +14,7 @@ from kd_lightning.data.loaders import View
 from kd_lightning.stored_outputs.replay import ReplayedViews, parts, untouched_generators
 from kd_lightning.teachers import TeacherSource
 
-CODE = 2
+CODE = 3
 """Raised with each change of the files' layout or of how augmentation is replayed."""
 PROBES = 16
 """Samples that are looked at, spread over the data set, each in its first and its last view."""

@@ -1,8 +1,9 @@
 """A data set whose samples bring a teacher's stored outputs along."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from kd_lightning.data.loaders import View
 from kd_lightning.stored_outputs.layout import MANIFEST, Manifest, read_manifest
 from kd_lightning.stored_outputs.manifest import check, fingerprint
 from kd_lightning.stored_outputs.replay import ReplayedViews
-from kd_lightning.stored_outputs.shards import ShardReader
+from kd_lightning.stored_outputs.shards import ShardReader, checksum_once, damages
 from kd_lightning.stored_outputs.store import Store, file_checksum
 from kd_lightning.tasks.batch import Taught
 from kd_lightning.teachers import TeacherSource
@@ -36,9 +37,12 @@ class StoredOutputs(Dataset[Any]):
         path: Where they are; anything that fsspec reaches.
         teacher: Compared with the one that wrote them, where it is at hand.
         cache: Where the files of a remote path are kept on this machine.
+        verify: Whether all files are read at the start, at 1 GB/s and more where they are in memory, and compared with
+            their checksums; once a process.
 
     Raises:
-        ValueError: For outputs that are not complete, or of another data set, transform or teacher; names what differs.
+        ValueError: For outputs that are not complete, damaged, or of another data set, transform or teacher; names what
+            differs.
 
     Shape: ``logits`` (B, C), float16 or float32; or ``indices`` and ``log_probs`` (B, k); ``features.<layer>``.
     """
@@ -50,6 +54,7 @@ class StoredOutputs(Dataset[Any]):
         *,
         teacher: TeacherSource | torch.nn.Module | None = None,
         cache: str | os.PathLike[str] | None = None,
+        verify: bool = True,
     ) -> None:
         self.store = Store(path, cache)
         self.manifest = read_complete(self.store)
@@ -57,7 +62,9 @@ class StoredOutputs(Dataset[Any]):
         self.views = ReplayedViews(dataset, stored["seed"])
         check(stored, fingerprint(self.views, self.manifest.views, teacher), self.store)
         self._readers = {name: ShardReader(self.store, self.manifest, name) for name in self.manifest.arrays}
-        if not self.store.remote:
+        if verify:
+            _check(self.store, self.manifest, checksum_once)
+        elif not self.store.remote:
             for reader in self._readers.values():
                 for shard in range(self.manifest.count):
                     reader.path(shard)
@@ -149,23 +156,31 @@ def verify(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = 
     """
     store = Store(path, cache)
     manifest = read_complete(store)
-    problems = []
-    for name in manifest.arrays:
-        reader = ShardReader(store, manifest, name)
+    if store.remote:
+        missing = []
         for shard in range(manifest.count):
-            try:
-                file = reader.path(shard)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            if file_checksum(file) != manifest.shards[shard][name]:
-                problems.append(f"{file} has other bytes than were written, by its checksum")
-    if problems:
-        raise ValueError(
-            f"{len(problems)} files of {store} are damaged: {'; '.join(problems)}. Remove them, and call store_outputs "
-            "again, which writes what is missing"
-        )
+            for name in manifest.arrays:
+                try:
+                    ShardReader(store, manifest, name).path(shard)
+                except ValueError as error:
+                    missing.append(str(error))
+        if missing:
+            raise _damaged(store, missing)
+    _check(store, manifest, file_checksum)
     return manifest
+
+
+def _check(store: Store, manifest: Manifest, read: Callable[[Path], int]) -> None:
+    found = damages(store, manifest, dict(enumerate(manifest.shards)), read)
+    if found:
+        raise _damaged(store, [text for shard in sorted(found) for text in found[shard]])
+
+
+def _damaged(store: Store, texts: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{len(texts)} files of {store} are damaged: {'; '.join(texts[:5])}{'; …' * (len(texts) > 5)}: call "
+        "store_outputs again, which writes them anew"
+    )
 
 
 def read_complete(store: Store) -> Manifest:

@@ -1,17 +1,19 @@
 """Files of rows that are whole, or are not there."""
 
-import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_lightning.files import seal, unseal
 from kd_lightning.stored_outputs.layout import Manifest, file_name, header, record_name
 from kd_lightning.stored_outputs.store import Store, file_checksum, locked, sync_folder, write_local
 
@@ -69,8 +71,8 @@ class ShardWriter:
         """Let what is written outlast this process and a power cut."""
         for file in self._files.values():
             os.fsync(file.fileno())
-        state = {"rows": self.rows, "checksums": self._checksums, "tally": self.tally}
-        write_local(self._progress, json.dumps(state))
+        state = {"rows": self.rows, "checksums": self._checksums, "tally": self.tally, "of": self.manifest.plan}
+        write_local(self._progress, seal(state))
 
     def finish(self) -> None:
         """Give the files their names, and say that the shard is whole."""
@@ -80,12 +82,14 @@ class ShardWriter:
         sync_folder(self.folder)
         for name in self._files:
             self.store.publish(file_name(self.shard, name))
-        record = {"checksums": self._checksums, "tally": self.tally}
-        self.store.write_text(record_name(self.shard), json.dumps(record))
+        record = {"checksums": self._checksums, "tally": self.tally, "of": self.manifest.plan}
+        self.store.write_text(record_name(self.shard), seal(record))
         self._progress.unlink()
 
     def _open(self) -> None:
-        state = json.loads(self._progress.read_text()) if self._progress.exists() else None
+        state = (
+            _unsealed(self._progress.read_text(errors="replace"), self.manifest) if self._progress.exists() else None
+        )
         expected = len(self.manifest.rows_of(self.shard))
         lengths = {}
         for name, array in self.manifest.arrays.items():
@@ -165,13 +169,80 @@ class ShardReader:
 
 
 def record_of(store: Store, manifest: Manifest, shard: int) -> dict[str, Any] | None:
-    """Return a shard's checksums and tally; None unless all its files are there, in their full length."""
+    """Return a shard's checksums and tally; None unless all its files are there, in their full length.
+
+    None as well for a record that is damaged, or of other outputs.
+    """
     text = store.read_text(record_name(shard))
     sizes = {name: store.size(file_name(shard, name)) for name in manifest.arrays}
     if text is None or any(size != file_size(manifest, shard, name) for name, size in sizes.items()):
         return None
-    record: dict[str, Any] = json.loads(text)
-    return record
+    return _unsealed(text, manifest)
+
+
+def damages(
+    store: Store,
+    manifest: Manifest,
+    checksums: Mapping[int, Mapping[str, int]],
+    read: Callable[[Path], int] = file_checksum,
+) -> dict[int, list[str]]:
+    """Read the files of shards, in several threads, and compare their checksums.
+
+    Of a remote folder those files are read that are on this machine; the others are checked as they arrive.
+
+    Args:
+        store: The folder.
+        manifest: What is in it.
+        checksums: By array, of each shard to look at.
+        read: Gives a file's checksum.
+
+    Returns:
+        What is wrong, by shard; whole ones are left out.
+    """
+
+    def problem(shard: int, name: str) -> str | None:
+        file, checksum = file_name(shard, name), checksums[shard][name]
+        path = store.path(file, checksum)
+        if store.remote and not path.exists():
+            return None
+        try:
+            path = store.file(file, file_size(manifest, shard, name), checksum)
+            if read(path) == checksum:
+                return None
+        except ValueError as error:
+            return str(error)
+        if store.remote:
+            path.unlink()  # the copy, which is downloaded again
+            return None
+        return f"{file} in {store} has other bytes than were written, by its checksum"
+
+    found: dict[int, list[str]] = {}
+    files = [(shard, name) for shard in checksums for name in manifest.arrays]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for (shard, _), text in zip(files, pool.map(lambda file: problem(*file), files), strict=True):
+            if text is not None:
+                found.setdefault(shard, []).append(text)
+    return found
+
+
+def checksum_once(path: Path) -> int:
+    """Return a file's checksum, which is computed once a process unless the file is written anew."""
+    status = path.stat()
+    return _checksum_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2**16)
+def _checksum_of(path: Path, size: int, written: int) -> int:
+    return file_checksum(path)
+
+
+def _unsealed(text: str, manifest: Manifest) -> dict[str, Any] | None:
+    """Return what was written for these outputs; None for what is damaged, or of others."""
+    try:
+        content = unseal(text)
+    except ValueError:
+        return None
+    return content if content.get("of") == manifest.plan else None
 
 
 def file_size(manifest: Manifest, shard: int, name: str) -> int:

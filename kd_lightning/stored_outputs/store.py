@@ -5,7 +5,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -48,7 +48,7 @@ class Store:
                 content: bytes = file.read()
         except FileNotFoundError:
             return None
-        return content.decode()
+        return content.decode(errors="replace")  # a damaged file is found by its checksum
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole."""
@@ -83,19 +83,23 @@ class Store:
             self.filesystem.put_file(str(self.local / name), f"{self.root}/{name}")
             (self.local / name).unlink()
 
+    def path(self, name: str, checksum: int) -> Path:
+        """Return where a file is on this machine, or would be once it is downloaded."""
+        # Under its checksum: a remote folder that was written anew is not read from the old copies.
+        return self.local / f"{checksum:08x}" / name if self.remote else self.local / name
+
     def file(self, name: str, size: int, checksum: int) -> Path:
         """Return where a file is on this machine, downloaded once and then compared with its checksum.
 
         Raises:
             ValueError: For a file that is missing, torn, or was changed on its way.
         """
-        # Under its checksum: a remote folder that was written anew is not read from the old copies.
-        path = self.local / f"{checksum:08x}" / name if self.remote else self.local / name
+        path = self.path(name, checksum)
         if self.remote and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".downloading"), wait=True):
                 if not path.exists():
-                    part = path.with_suffix(f".{os.getpid()}.part")
+                    part = path.with_suffix(".part")  # one that a killed process has left is written over
                     try:
                         self.filesystem.get_file(f"{self.root}/{name}", str(part))
                     except FileNotFoundError:
@@ -110,6 +114,11 @@ class Store:
         if found != size:
             raise ValueError(f"{name} in {self} is torn: expected {size:,} bytes, got {found:,}; {_REBUILD}")
         return path
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.filesystem.rm_file(f"{self.root}/{name}")
 
     def tidy(self) -> None:
         """Remove what writers that were killed have left, when nobody writes any more."""
@@ -134,7 +143,7 @@ class Store:
         return status.f_bavail * status.f_frsize
 
 
-_REBUILD = "remove it, and call store_outputs again, which writes what is missing"
+_REBUILD = "call store_outputs again, which writes it anew"
 
 
 def missing(store: Store, name: str) -> ValueError:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from kd_lightning.data.loaders import View
+from kd_lightning.files import is_json
 from kd_lightning.outputs import class_dim, classes_last
 from kd_lightning.preflight import check_logits
 from kd_lightning.stored_outputs.formats import Rows, find_format, kl_errors
-from kd_lightning.stored_outputs.layout import MANIFEST, Array, Manifest, read_manifest
+from kd_lightning.stored_outputs.layout import MANIFEST, Array, Manifest, read_manifest, record_name
 from kd_lightning.stored_outputs.manifest import check, fingerprint
 from kd_lightning.stored_outputs.progress import Progress, errors_of, summary
 from kd_lightning.stored_outputs.replay import ReplayedViews
-from kd_lightning.stored_outputs.shards import ShardWriter, record_of
+from kd_lightning.stored_outputs.shards import ShardWriter, checksum_once, damages, record_of
 from kd_lightning.stored_outputs.store import Store, locked
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher, TeacherSource
@@ -48,7 +49,8 @@ def store_outputs(
     """Write a teacher's outputs for each sample and view, for :class:`~kd_lightning.stored_outputs.StoredOutputs`.
 
     Call it again with the same arguments after it was cut off: it goes on where it was, and the files become those of
-    an uninterrupted run. Prints progress, and at the end the size and the error.
+    an uninterrupted run. What is there is read and compared with its checksums; a damaged file is named and written
+    anew. Prints progress, and at the end the size and the error.
 
     Args:
         teacher: A network that returns logits, or a source.
@@ -89,7 +91,7 @@ def store_outputs(
     replayed, store, run = ReplayedViews(dataset, seed), Store(path), _Run(source, task or Classification(), layers)
     loader = _Loader(replayed, batch_size, collate_fn, num_workers)
     now = fingerprint(replayed, views, source, format=format, layers=list(layers))
-    manifest = read_manifest(store)
+    manifest = _manifest_or_none(store)
     if manifest is None:
         first, raw = next(loader.batches(0, min(batch_size, len(dataset)), len(dataset)))
         plan = _plan(run, run(raw, first), now, len(dataset), views, format, shard_bytes, world_size)
@@ -98,7 +100,7 @@ def store_outputs(
         assert manifest is not None
     check(manifest.fingerprint, now, store)
 
-    todo = [k for k in range(rank, manifest.count, world_size) if record_of(store, manifest, k) is None]
+    todo = _unwritten(store, manifest, range(rank, manifest.count, world_size))
     _check_space(store, manifest, todo)
     progress = Progress(
         sum(len(manifest.rows_of(k)) for k in todo), f" (rank {rank} of {world_size})" if world_size > 1 else ""
@@ -116,6 +118,34 @@ def store_outputs(
                     f"{progress.total:,} views; make room and call store_outputs again, which goes on from there",
                 ) from error
     return _finish(store, manifest, rank, world_size)
+
+
+def _manifest_or_none(store: Store) -> Manifest | None:
+    """Read the manifest, if there is one; a damaged one is removed: of this plan or not, each shard says itself.
+
+    Raises:
+        ValueError: For a manifest of another program or version.
+    """
+    try:
+        return read_manifest(store)
+    except ValueError as error:
+        text = store.read_text(MANIFEST) or ""
+        if is_json(text) and '"sha256"' not in text:
+            raise
+        print(f"{error}: it is written anew", flush=True)
+        store.remove(MANIFEST)
+        return None
+
+
+def _unwritten(store: Store, manifest: Manifest, shards: Iterable[int]) -> list[int]:
+    """Return which shards are not there, or damaged; says which files are."""
+    records = {shard: record_of(store, manifest, shard) for shard in shards}
+    checksums = {shard: record["checksums"] for shard, record in records.items() if record is not None}
+    found = damages(store, manifest, {} if store.remote else checksums, checksum_once)
+    for shard, texts in found.items():
+        print(f"{'; '.join(texts)}: written anew", flush=True)
+        store.remove(record_name(shard))
+    return [shard for shard in records if shard in found or records[shard] is None]
 
 
 class _Run:

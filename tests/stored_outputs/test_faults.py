@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from kd_lightning.data.in_memory import CropAndFlip
-from kd_lightning.stored_outputs import StoredOutputs, Views, verify
+from kd_lightning.files import seal, unseal
+from kd_lightning.stored_outputs import StoredOutputs, Views, shards, store_outputs, verify
 from kd_lightning.stored_outputs.layout import read_manifest
 from kd_lightning.stored_outputs.shards import ShardWriter
-from kd_lightning.stored_outputs.store import Store
+from kd_lightning.stored_outputs.store import Store, file_checksum
 from tests.stored_outputs.data import ROWS_OF_A_SHARD, Augmented, Jitter, files, store
 from tests.stored_outputs.test_replay import images
 from tests.tiny import good_teacher, network
@@ -147,30 +149,90 @@ def rename_array(file: Path) -> None:
     file.write_bytes(content.replace(b"(10, 12)", b"(12, 10)"))
 
 
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def swap(file: Path) -> None:
+    """With another shard's file of the same kind, which has the same length."""
+    file.write_bytes(file.with_name(file.name.replace("000000", "000002").replace("000001", "000000")).read_bytes())
+
+
+@pytest.fixture
+def three_shards(tmp_path) -> Path:
+    store(tmp_path / "outputs", views=2, shard_bytes=40 * 12)
+    return tmp_path / "outputs"
+
+
 @pytest.mark.parametrize(
-    ("damage", "text"), [(tear, r"is torn: expected 248 bytes, got 243"), (Path.unlink, "is missing")]
+    ("damage", "text"),
+    [
+        (tear, r"is torn: expected 608 bytes, got 603"),
+        (empty, r"is torn: expected 608 bytes, got 0"),
+        (Path.unlink, "is missing"),
+        (flip, "has other bytes than were written, by its checksum"),
+        (swap, "has other bytes than were written, by its checksum"),
+    ],
 )
-def test_a_torn_or_missing_file_is_named_when_it_is_opened(outputs, damage, text: str) -> None:
-    damage(shard(outputs))
-    with pytest.raises(ValueError, match=rf"000001\.logits\.npy.*{text}"):
+def test_a_damaged_shard_is_named_when_it_is_opened_and_writing_again_repairs_it(
+    three_shards, capsys, damage, text: str
+) -> None:
+    before = files(three_shards)
+    damage(shard(three_shards))
+    for look in (lambda: StoredOutputs(Augmented(), three_shards), lambda: verify(three_shards)):
+        with pytest.raises(ValueError, match=rf"1 files of .* are damaged: .*000001\.logits\.npy.*{text}.*again"):
+            look()
+    store_outputs(good_teacher(), Augmented(), three_shards, views=2, shard_bytes=40 * 12, batch_size=16)
+    if damage not in (Path.unlink, tear, empty):  # those that are shorter are not there
+        assert re.search(rf"000001\.logits\.npy in .* {text}: written anew", capsys.readouterr().out)
+    assert files(three_shards) == before
+    assert len(StoredOutputs(Augmented(), three_shards)) == 50
+
+
+def test_every_flipped_bit_of_a_shard_is_found(outputs) -> None:
+    whole = shard(outputs).read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        shard(outputs).write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match="are damaged"):
+            verify(outputs)
+
+
+@pytest.mark.parametrize("damage", [tear, Path.unlink, flip, empty, swap])
+def test_a_damaged_record_of_a_shard_is_no_record(three_shards, damage) -> None:
+    before = files(three_shards)
+    damage(three_shards / "shards" / "000001.json")
+    assert len(StoredOutputs(Augmented(), three_shards)) == 50  # reads the manifest alone
+    store(three_shards, views=2, shard_bytes=40 * 12)
+    assert files(three_shards) == before
+
+
+def test_a_damaged_note_of_how_far_a_writer_came_is_none(tmp_path) -> None:
+    store(tmp_path / "whole")
+    path = tmp_path / "outputs"
+    (path / "shards").mkdir(parents=True)
+    (path / "shards" / "000000.progress").write_bytes(b"{\xff")
+    store(path)
+    assert files(path) == files(tmp_path / "whole")
+
+
+def test_a_check_may_be_left_out_and_is_made_once_a_process(outputs, monkeypatch) -> None:
+    flip(shard(outputs))
+    assert len(StoredOutputs(Augmented(), outputs, verify=False)) == 50
+    with pytest.raises(ValueError, match="are damaged"):
         StoredOutputs(Augmented(), outputs)
-
-
-@pytest.mark.parametrize("damage", [tear, Path.unlink, flip])
-def test_verify_names_a_damaged_file_and_writing_again_repairs_it(outputs, damage) -> None:
-    before = files(outputs)
-    assert verify(outputs).complete
-    damage(shard(outputs))
-    with pytest.raises(ValueError, match=r"1 files of .* are damaged: .*000001\.logits\.npy"):
-        verify(outputs)
-    shard(outputs).unlink(missing_ok=True)
     store(outputs, **ROWS_OF_A_SHARD)
-    assert files(outputs) == before
+    read = []
+    monkeypatch.setattr(shards, "file_checksum", lambda path: read.append(path.name) or file_checksum(path))
+    assert len(StoredOutputs(Augmented(), outputs)) == 50
+    assert len(StoredOutputs(Augmented(), outputs)) == 50
+    assert read == ["000001.logits.npy"]  # the other was read as it was when the rest was repaired
 
 
 def test_a_file_with_another_header_is_refused_when_it_is_read(outputs) -> None:
     rename_array(shard(outputs))
-    stored = StoredOutputs(Augmented(), outputs)
+    stored = StoredOutputs(Augmented(), outputs, verify=False)
     with pytest.raises(ValueError, match=r"holds \(12, 10\), expected \(10, 12\): call verify"):
         stored[45]
 
@@ -325,21 +387,50 @@ def test_outputs_that_are_not_complete_or_not_there(tmp_path) -> None:
 
 def test_a_manifest_that_cannot_be_read(outputs) -> None:
     file = outputs / "manifest.json"
-    file.write_text(file.read_text()[:-100])
-    with pytest.raises(ValueError, match=r"manifest\.json in .* cannot be read"):
-        StoredOutputs(Augmented(), outputs)
     file.write_text(json.dumps({"of": "another program"}))
-    with pytest.raises(ValueError, match=r"cannot be read \(.*arrays.*\): expected one of this version"):
-        store(outputs)
+    for use in (lambda: store(outputs), lambda: StoredOutputs(Augmented(), outputs)):
+        with pytest.raises(ValueError, match=r"cannot be read \(.*foreign file\), expected one of this version"):
+            use()
+    assert file.read_text() == json.dumps({"of": "another program"})
+
+
+def edit(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content["samples"] += 1
+    content["shards"].pop()
+    file.write_text(json.dumps(content))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 3)
+
+
+@pytest.mark.parametrize("damage", [edit, cut, empty, flip, lambda file: file.write_bytes(b"\xff" * 99)])
+def test_a_damaged_or_edited_manifest_is_named_and_writing_again_repairs_it(outputs, capsys, damage) -> None:
+    before = files(outputs)
+    damage(outputs / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest\.json in .* cannot be read .*: call store_outputs again"):
+        StoredOutputs(Augmented(), outputs)
+    store_outputs(good_teacher(), Augmented(), outputs, batch_size=16, **ROWS_OF_A_SHARD)
+    assert "manifest.json in" in capsys.readouterr().out
+    assert files(outputs) == before
+
+
+def test_without_their_manifest_outputs_of_another_teacher_are_written_over(outputs) -> None:
+    (outputs / "manifest.json").write_bytes(b"")
+    teacher = network(5, width=16)
+    store(outputs, teacher=teacher, **ROWS_OF_A_SHARD)
+    store(outputs.parent / "whole", teacher=teacher, **ROWS_OF_A_SHARD)
+    assert files(outputs) == files(outputs.parent / "whole")
 
 
 def test_outputs_in_the_layout_of_another_version(outputs) -> None:
     file = outputs / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = unseal(file.read_text())
     manifest["fingerprint"]["code"] = 1
-    file.write_text(json.dumps(manifest))
+    file.write_text(seal(manifest))
     for use in (lambda: StoredOutputs(Augmented(), outputs), lambda: store(outputs)):
-        with pytest.raises(ValueError, match=r"code: stored 1, now 2 \(another version .*: write them again\)"):
+        with pytest.raises(ValueError, match=r"code: stored 1, now 3 \(another version .*: write them again\)"):
             use()
 
 
