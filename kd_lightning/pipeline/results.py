@@ -129,6 +129,7 @@ class Model:
         learned_nothing: why its figures say nothing of its method, with the seeds: it predicts a single class, or is at
             chance. None where it has learned something.
         against_reference: difference of test accuracy to the reference among several distilled models.
+        against_reference_p: its p-value, adjusted for the number of these comparisons (Holm); None with one seed.
         file_mb: of the ONNX file that is served.
         latency: in the runtime that it names.
         latency_openvino: the same in OpenVINO, where that is installed.
@@ -153,6 +154,7 @@ class Model:
     recall: Mapping[str, float] = field(default_factory=dict)
     learned_nothing: str | None = None
     against_reference: Interval | None = None
+    against_reference_p: float | None = None
     file_mb: float | None = None
     latency_openvino: Latency | None = None
     quantized: Quantized | None = None
@@ -180,6 +182,7 @@ class Model:
             "recall": dict(self.recall) or None,
             "learned_nothing": self.learned_nothing,
             "against_reference": self.against_reference and asdict(self.against_reference),
+            "against_reference_p": self.against_reference_p,
             "file_mb": self.file_mb,
             "openvino": self.latency_openvino and _latency(self.latency_openvino),
             "agreement_fp32": self.quantized and self.quantized.agreement_fp32,

@@ -89,10 +89,13 @@ def _comparison(verdict: Verdict, rows: Mapping[str, Text]) -> list[Table]:
         return []
     several = all(len(model.seeds) > 1 for model in distilled.values())
     interval = "95 % interval" if several else "one seed: 95 % interval of the test images alone"
-    table = _table(True, f"points over {reference[0]} ({interval})")
+    adjusted = f"p (Holm, {len(distilled) - 1} comparisons)"
+    table = _table(True, f"points over {reference[0]} ({interval})", *([adjusted] if several else []))
     for key, model in distilled.items():
         if key != reference[0]:
-            table.add_row(rows[key], points(model.against_reference))
+            p = model.against_reference_p
+            cells = ["< 0.001" if p is not None and p < 0.001 else number(p, ".3f")] if several else []
+            table.add_row(rows[key], points(model.against_reference), *cells)
     return [table]
 
 

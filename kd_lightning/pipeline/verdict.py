@@ -17,7 +17,14 @@ from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.quantized_sentence import quantized_sentence
 from kd_lightning.pipeline.results import TITLES, Model, Quantized, Result, Role, Verdict
 from kd_lightning.pipeline.sentence import sentence
-from kd_lightning.pipeline.statistics import Share, gap_closed, paired_contrast, paired_difference
+from kd_lightning.pipeline.statistics import (
+    Share,
+    gap_closed,
+    holm,
+    paired_contrast,
+    paired_difference,
+    paired_p_value,
+)
 
 
 def make_verdict(
@@ -106,9 +113,15 @@ def make_verdict(
             made_of = model.quantized.source
             model = replace(model, quantized=replace(model.quantized, source=keys.get(made_of, made_of)))
         if role == "distilled" and reference is not None and label != reference:
-            difference = paired_difference(*_paired(groups[label], groups[reference]))
-            model = replace(model, against_reference=difference)
+            both = _paired(groups[label], groups[reference])
+            p = paired_p_value(*both) if len(both[0]) > 1 else None  # one seed says nothing of training again
+            model = replace(model, against_reference=paired_difference(*both), against_reference_p=p)
         models[keys[label]] = model
+    compared = {
+        key: model.against_reference_p for key, model in models.items() if model.against_reference_p is not None
+    }
+    for key, adjusted in zip(compared, holm(list(compared.values())), strict=True):
+        models[key] = replace(models[key], against_reference_p=adjusted)
     distilled_key = keys[chosen] if chosen is not None else None
     share = models[distilled_key].gap_closed if distilled_key is not None else None
     seeds = len(_common_seeds(distilled, alone)) if distilled and alone else 0

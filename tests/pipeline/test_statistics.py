@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from kd_lightning.pipeline.statistics import gap_closed, paired_contrast, paired_difference
+from kd_lightning.pipeline.statistics import gap_closed, holm, paired_contrast, paired_difference, paired_p_value
 
 
 def simulate(rng, accuracies, seeds, samples, *, seed_sd=0.006, image_sd=0.9):
@@ -198,3 +198,36 @@ def test_a_contrast_is_the_difference_of_two_differences_and_its_interval_covers
     assert paired_contrast(a, b, c, c) == paired_difference(a, b)
     with pytest.raises(ValueError, match="expected the same seeds and samples of all four"):
         paired_contrast(a, b, c[:2], d[:2])
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_p_is_below_a_twentieth_where_the_interval_excludes_zero(seeds):
+    rng, shown = np.random.default_rng(seeds), 0
+    for _ in range(100):
+        a, b = simulate(rng, (0.78, 0.75), seeds, 300)
+        interval, p = paired_difference(a, b), paired_p_value(a, b)
+        assert (p < 0.05) == (interval.low > 0 or interval.high < 0)
+        assert p == pytest.approx(paired_p_value(b, a))
+        shown += p < 0.05
+    assert 0 < shown < 100
+    assert paired_p_value(a, a) == 1
+
+
+def test_p_of_one_seed_is_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    a, b = simulate(rng, (0.80, 0.75), 1, 400)
+    assert paired_p_value(a, b) == pytest.approx(stats.ttest_rel(a[0].astype(float), b[0].astype(float)).pvalue)
+
+
+def test_holm_on_figures_worked_out_by_hand():
+    # .01 · 4, .02 · 3, .03 · 2 = .06 (not below the one before), .5 · 1
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_keeps_false_discoveries_of_a_family_at_one_in_twenty():
+    rng = np.random.default_rng(0)
+    families = rng.uniform(size=(4000, 10))
+    assert 0.04 < np.mean([min(holm(family)) < 0.05 for family in families]) < 0.06
+    assert np.mean(families.min(1) < 0.05) > 0.35

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.results import Result
-from kd_lightning.pipeline.statistics import paired_difference
+from kd_lightning.pipeline.statistics import holm, paired_difference, paired_p_value
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
 
@@ -211,6 +211,14 @@ def test_the_others_are_compared_with_the_reference():
     assert v.to_dict()["models"]["T=1"]["against_reference"]["mean"] == pytest.approx(0.05)
     assert re.search(r"points over T=4 \(95 % interval\)", printed(v))
     assert re.search(r"distilled T=1 +\+5\.0 \(\d\.\d to \d\.\d\)", printed(v))
+    right = {x: np.stack([r.correct for r in sweep() if r.label == x]) for x in ("T=1", "T=2", "T=4")}
+    adjusted = holm([paired_p_value(right[x], right["T=4"]) for x in ("T=1", "T=2")])
+    assert [v.models[x].against_reference_p for x in ("T=1", "T=2", "T=4")] == [*adjusted, None]
+    assert v.to_dict()["models"]["T=2"]["against_reference_p"] == adjusted[1]
+    assert "p (Holm, 2 comparisons)" in printed(v)
+    one = make_verdict([result for result in sweep() if result.seed == 0], {}, reference="T=4")
+    assert one.models["T=1"].against_reference_p is None
+    assert "Holm" not in printed(one)
     assert "points over" not in printed(make_verdict(sweep(), {}))
     with pytest.raises(
         ValueError, match=r"reference 'T=3' is no distilled model, expected one of \['T=1', 'T=2', 'T=4'\]"
