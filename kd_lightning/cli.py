@@ -143,17 +143,18 @@ def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | st
 
 
 def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
-    """Train like the teacher, but with the distilled student's losses unless the assistant has others."""
+    """Train like the teacher, with the distilled student's losses where somebody teaches it, unless it has others."""
     part, names = config["assistants"][name], list(config["assistants"])
     if name in _STAGES:
         raise ValueError(f"an assistant is named {name!r}, expected another name than that of a stage")
     teacher = config["teacher"]
+    taught_by = part.get("taught_by", ("teacher", *names)[names.index(name)])  # the one before it
+    losses = (teacher if taught_by is None else config)["losses"]
     own = {key: part.get(key, teacher[key]) for key in ("optimizer", "scheduler")}
-    own |= {"network": part["network"], "losses": part.get("losses", config["losses"]), "callbacks": {}}
+    own |= {"network": part["network"], "losses": part.get("losses", losses), "callbacks": {}}
     own |= {"trainer": {**config["trainer"], **teacher["trainer"], **part.get("trainer", {})}, "data": config["data"]}
-    before = ("teacher", *names)[names.index(name)]
     recipe = _recipe(own, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"])
-    return replace(recipe, taught_by=part.get("taught_by", before))
+    return replace(recipe, taught_by=taught_by)
 
 
 def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Recipe:

@@ -80,14 +80,12 @@ class Pipeline:
     def __post_init__(self) -> None:
         known = [recipe.label for recipe in (self.teacher, *self.members) if recipe is not None]
         for recipe in (*self.assistants, *self.students):
-            if not recipe.needs_teacher:
-                continue
-            if recipe.taught_by == "teacher" and self.teacher is None:
+            if recipe.needs_teacher and recipe.taught_by == "teacher" and self.teacher is None:
                 raise ValueError(
                     f"{recipe.name} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its "
                     "weights>"
                 )
-            if recipe.taught_by not in known:
+            if recipe.needs_teacher and recipe.taught_by not in known:
                 raise ValueError(f"{recipe.name} is taught by {recipe.taught_by!r}, expected one of {known}")
             if recipe.role == "assistant":
                 known.append(recipe.label)

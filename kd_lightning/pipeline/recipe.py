@@ -62,7 +62,8 @@ class Recipe:
         callbacks: Makes further callbacks.
         checkpoint: Finished weights: nothing is trained, the network is only tested.
         check_teacher: Refuse a teacher at chance.
-        taught_by: Label of the model that teaches this one; None where its source needs no other model.
+        taught_by: Label of the model that teaches this one; None where its source needs no other model, and for an
+            assistant that learns from the labels alone.
         members: Labels of further models that teach it: of an ensemble.
         source: Makes the teacher's source, given the networks of ``taught_by`` and ``members``.
         stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
@@ -109,6 +110,8 @@ class Recipe:
     def is_taught(self) -> bool:
         if self.quantizing is not None and not self.quantizing.training:
             return False
+        if self.role == "assistant":
+            return self.taught_by is not None
         return self.role not in ("teacher", "student")
 
     @property

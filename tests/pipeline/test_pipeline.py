@@ -112,6 +112,24 @@ def test_an_assistant_is_taught_by_the_teacher_and_teaches_the_student(finished,
     assert direct.data.metrics["final/teacher_entropy"] != indirect.data.metrics["final/teacher_entropy"]
 
 
+def test_an_assistant_that_nobody_teaches_is_another_teacher(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    assistants = ["+models@assistants.{}.network=cnn64", "+assistants.{}.taught_by=null"]
+    assistants = [word.format(name) for name in ("same", "longer") for word in assistants]
+    assistants += ["+assistants.longer.trainer.max_steps=40"]
+    variants = "+variants={first:{taught_by:teacher},second:{taught_by:same},third:{taught_by:longer}}"
+    given = [*TINY, *assistants, variants, "stages=[teacher,assistants,student,distilled,verdict]"]
+    kd_lightning(*given, "reference=first", "logger=null", cwd=folder)
+    (verdict,) = [file for file in folder.glob("mlruns/stages/pipeline-*/verdict.json") if "third" in file.read_text()]
+    models = json.loads(verdict.read_text())["models"]
+    assert models["same"]["method"] == "hard_label"
+    assert models["same"]["agreement"] == 1  # trained like the teacher, it is the teacher
+    assert models["longer"]["agreement"] < 1
+    assert models["first"]["accuracy"] == models["second"]["accuracy"]
+    assert models["first"]["teacher_entropy"] == models["second"]["teacher_entropy"]
+    assert models["first"]["teacher_entropy"] != models["third"]["teacher_entropy"]
+
+
 def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     arguments = [*TINY, "stages=[teacher,store_outputs,distilled]", "logger=null"]
