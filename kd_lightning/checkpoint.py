@@ -1,7 +1,10 @@
 """Read a network's weights from checkpoints, without running anything that a file brings along."""
 
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +20,14 @@ def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str
         name: Of one student among those in a checkpoint of :class:`~kd_lightning.MutualLearning`.
 
     Raises:
-        ValueError: For a file that is no checkpoint, is torn, or holds more than tensors and plain values; for a name
-            that is not in it.
+        ValueError: For a file that is no checkpoint, is damaged, or holds more than tensors and plain values; for a
+            name that is not in it.
 
     Example::
 
         network.load_state_dict(load_student("last.ckpt"))
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: expected a whole file with tensors and plain values, got: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; is it torn, or of another program?"
-        ) from error
+    content = load_checkpoint(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
@@ -42,6 +37,40 @@ def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str
     if not any(key.startswith(own) for key in state):
         raise ValueError(f"{path} holds no student {name!r}, expected one of {_students(state)}")
     return {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+
+
+def load_checkpoint(path: str | PathLike[str]) -> Any:
+    """Read what ``torch.save`` has written, on the CPU; its checksums are compared first, which PyTorch does not do.
+
+    Raises:
+        ValueError: For a file that is no checkpoint, is damaged, or holds more than tensors and plain values.
+    """
+    with open(path, "rb"):  # what is missing or may not be read is no damage
+        pass
+    try:
+        if zipfile.is_zipfile(path):  # but for what PyTorch wrote before 1.6
+            with zipfile.ZipFile(path) as parts:
+                damaged = parts.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged!r} in it has other bytes than were written, by its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes zipfile and the unpickler raise nearly anything, OSError as well
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Say it without PyTorch's advice to read the file with ``weights_only=False``, which runs what is in it."""
+    text = str(error) or type(error).__name__
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found is not None:
+        return (
+            f"it holds {found[1]}, and reading that could run any code: expected tensors and plain values alone; let "
+            "whoever wrote it save the weights, torch.save(network.state_dict(), path)"
+        )
+    first = (
+        "its pickle is not one of tensors and plain values" if "weights_only" in text else re.split(r"\.\s|\n", text)[0]
+    )
+    return f"expected a whole file with tensors and plain values, got: {first}; is it damaged, or of another program?"
 
 
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:

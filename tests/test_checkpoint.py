@@ -156,9 +156,29 @@ def test_a_torn_file_is_refused(tmp_path, share: float, legacy: bool) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
-        ValueError, match=r"torn\.ckpt cannot be read as a checkpoint: .*is it torn, or of another program"
+        ValueError, match=r"torn\.ckpt cannot be read as a checkpoint: .*is it damaged, or of another program"
     ):
         load_student(path)
+
+
+@pytest.mark.parametrize("first", [1, 5, 22])
+def test_every_flipped_bit_that_changes_a_weight_is_named(tmp_path, first: int) -> None:
+    path = tmp_path / "flipped.ckpt"
+    torch.save({"state_dict": network().state_dict()}, path)
+    whole, expected = path.read_bytes(), weights(network())
+    said = []
+    for position in range(first, len(whole), 23):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        try:
+            found = load_student(path)
+        except ValueError as error:
+            said.append(str(error))
+        else:  # in what fills up the file
+            assert_equal(found, expected)
+    assert len(said) > 30
+    assert all("flipped.ckpt cannot be read as a checkpoint" in text and "\n" not in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +204,14 @@ def test_a_file_that_brings_code_is_refused_and_its_code_not_run(tmp_path) -> No
     victim = tmp_path / "victim"
     torch.save({"state_dict": network().state_dict(), "hyper_parameters": Touch(victim)}, tmp_path / "evil.ckpt")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"state_dict": Touch(victim)}))
-    for name in ("evil.ckpt", "evil.pkl"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read as a checkpoint"):
+    for name, text in {
+        "evil.ckpt": "it holds posix.mkdir, and reading that could run any code",
+        "evil.pkl": "",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a checkpoint: {text}") as caught:
             Teacher(network(), tmp_path / name)
+        assert "weights_only" not in str(caught.value)  # PyTorch's advice is to read it without
+        assert "\n" not in str(caught.value)
     assert not victim.exists()
     torch.load(tmp_path / "evil.ckpt", weights_only=False)  # it would have worked
     assert victim.exists()

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
@@ -20,13 +21,14 @@ from kd_lightning.lookahead import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
+from kd_lightning.pipeline.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.pipeline.fingerprint import fingerprint_of
 from kd_lightning.pipeline.latency import parameters, size_mb
 from kd_lightning.pipeline.lock import agreed, held_by_ranks
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.serving import post_training, serve
-from kd_lightning.pipeline.stage_folder import LAST, Finished, StageFolder
+from kd_lightning.pipeline.stage_folder import LAST, Finished, OfStage, StageFolder
 from kd_lightning.pipeline.teaching import teacher_for
 from kd_lightning.preflight import dry_run
 from kd_lightning.quantization import prepare
@@ -72,10 +74,12 @@ def train(
         check_teacher=recipe.check_teacher,
     )
     trainer = recipe.trainer(
-        callbacks=[*recipe.callbacks(), *callbacks, timer, checkpoints],
+        callbacks=[*recipe.callbacks(), *callbacks, timer, checkpoints, OfStage(folder.fingerprint)],
         logger=logger or False,
         default_root_dir=folder.path,
     )
+    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=folder.last_checkpoint(), weights_only=True)
     except SIGTERMException:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from kd_lightning.checkpoint import load_student, load_weights
+from kd_lightning.checkpoint import load_checkpoint, load_weights
 from kd_lightning.files import seal, sha256_of, unseal, write_atomically
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
@@ -54,14 +55,18 @@ class StageFolder:
             write_run_id(self.path, run_id, self.fingerprint)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the checkpoint of an interrupted training, if there is one that can be read."""
+        """Return the checkpoint of an interrupted training, if there is one that is whole, and of this stage."""
         file = self.path / LAST
         if not file.is_file():
             return None
         try:
-            load_student(file)
-        except ValueError as error:
-            _log.warning("%s; the training starts again", error)
+            callbacks = load_checkpoint(file)["callbacks"]
+            if callbacks[OfStage.__name__]["fingerprint"] != self.fingerprint:
+                raise ValueError(f"{file} is of another stage")
+        except (ValueError, KeyError, TypeError) as error:
+            if is_rank_zero():
+                known = isinstance(error, ValueError)
+                _log.warning("%s; the training starts again", error if known else f"{file} is of another program")
             return None
         return file
 
@@ -140,6 +145,16 @@ class StageFolder:
         write_atomically(self.path / _RESULT, seal(content).encode())
 
 
+class OfStage(Callback):
+    """Writes into the checkpoints of a training of which stage they are."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
+
+
 def _check(path: Path, digest: str) -> None:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
@@ -166,5 +181,4 @@ class Finished:
 
     def losses(self) -> dict[str, Tensor]:
         """Return what its losses have learnt, such as projectors."""
-        content = torch.load(self.folder.weights, map_location="cpu", weights_only=True)
-        return dict(content["losses"])
+        return dict(load_checkpoint(self.folder.weights)["losses"])

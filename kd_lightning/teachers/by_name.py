@@ -8,8 +8,9 @@ training.
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -37,6 +38,8 @@ def from_timm(
         ImportError: Without timm.
         ValueError: For a name that it does not have.
     """
+    if "trust_remote_code" in options:
+        raise ValueError("timm runs no code that comes with a model, expected no trust_remote_code: leave it out")
     timm = _import("timm", "timm")
     if ":" not in name and not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
@@ -90,6 +93,7 @@ def from_transformers(
     pretrained: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     accelerate: str | Iterable[str] = (),
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Teacher:
     """Return a teacher from the Hugging Face hub, or from a folder that ``save_pretrained`` has written.
@@ -104,23 +108,45 @@ def from_transformers(
         pretrained: Whether its weights are loaded; else only its configuration.
         checkpoint: Weights of your own; see :class:`Teacher`.
         accelerate: See :class:`Teacher`.
+        trust_remote_code: Runs the Python files that come with the model, with all that you may do on this machine.
+            Read them first, and name the version that you have read: ``revision="<commit>"``.
         options: Of ``from_pretrained``, or of the configuration where not ``pretrained``, such as ``num_labels``.
 
     Raises:
         ImportError: Without transformers.
-        ValueError: For a head that it does not have.
+        ValueError: For a head that it does not have; for a model that is made by code of its own, unless that is
+            trusted, with the version that is.
         OSError: For a name that is neither on the hub nor a folder.
     """
+    options["trust_remote_code"] = trust = _trusted(name, trust_remote_code, options)
     transformers = _import("transformers", "transformers")
     kind = getattr(transformers, head, None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         heads = [name for name in dir(transformers) if name.startswith("AutoModel")]
         raise _unknown("transformers", head, heads, "head")
-    if pretrained:
-        network = kind.from_pretrained(name, **options)
-    else:
-        network = kind.from_config(transformers.AutoConfig.from_pretrained(name, **options))
+    try:
+        if pretrained:
+            network = kind.from_pretrained(name, **options)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, **options)
+            network = kind.from_config(config, trust_remote_code=trust)
+    except ValueError as error:
+        if trust or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is made by Python files that come with it, expected a model that transformers itself has: choose "
+            "another one; or read these files, and pass trust_remote_code=True and revision=<the commit that you read>"
+        ) from error
     return Teacher(network, checkpoint, accelerate)
+
+
+def _trusted(name: str, trust: bool, options: Mapping[str, Any]) -> bool:
+    if trust and not Path(name).is_dir() and not options.get("revision"):
+        raise ValueError(
+            f"trust_remote_code=True runs whatever code {name} has today, expected the version that was read: pass "
+            "revision=<its commit>, too"
+        )
+    return trust
 
 
 def _import(module: str, extra: str) -> Any:

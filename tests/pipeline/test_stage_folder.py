@@ -1,17 +1,20 @@
 """A finished stage is used again as it was written; anything else is named, and runs again."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from kd_lightning import load_student
 from kd_lightning.files import seal, unseal
-from kd_lightning.pipeline.stage_folder import Finished
-from tests.pipeline.tiny_recipe import made
+from kd_lightning.pipeline import stage as stage_module
+from kd_lightning.pipeline.stage_folder import Finished, StageFolder
+from tests.pipeline.tiny_recipe import made, recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
 FILES = ("result.json", "final.ckpt", "predictions.npz")
@@ -161,6 +164,95 @@ def test_a_students_stage_depends_on_its_teachers_weights(teacher, tmp_path) -> 
     assert not torch.equal(
         load_student(other.folder.weights)["head.bias"], load_student(one.folder.weights)["head.bias"]
     )
+
+
+class Interrupts(Callback):
+    """Ends a training after its first epoch, when that has left a checkpoint."""
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+class Watches(Callback):
+    def __init__(self) -> None:
+        self.began: list[int] = []
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.began.append(trainer.current_epoch)
+
+
+@pytest.fixture
+def interrupt(tmp_path: Path, monkeypatch) -> Callable[..., StageFolder]:
+    """Begin a stage in ``tmp_path/again``; its folder then has a checkpoint from after the first epoch."""
+    monkeypatch.setattr(stage_module, "_STEPS_BETWEEN_CHECKPOINTS", 4)  # an epoch's
+
+    def begin(seed: int = 0) -> StageFolder:
+        stages = tmp_path / "again"
+        with pytest.raises(KeyboardInterrupt):
+            made(stages, "student", seed=seed, callbacks=lambda: [Interrupts()])
+        (checkpoint,) = stages.glob(f"student-hard_label-s{seed}-*/last.ckpt")
+        content = torch.load(checkpoint, weights_only=True)
+        return StageFolder(stages, recipe(seed=seed), content["callbacks"]["OfStage"]["fingerprint"])
+
+    return begin
+
+
+@pytest.fixture
+def straight(tmp_path: Path) -> Finished:
+    """The same stage, not interrupted."""
+    return made(tmp_path / "straight", "student", callbacks=lambda: [])
+
+
+def gone_on_with(folder: StageFolder) -> tuple[Finished, list[int]]:
+    """Make the stage again; tell in which epoch its training began."""
+    watches = Watches()
+    again = made(folder.path.parent, "student", callbacks=lambda: [watches])
+    assert again.folder.path == folder.path
+    return again, watches.began
+
+
+def test_a_training_goes_on_from_its_checkpoint(straight, interrupt) -> None:
+    again, began = gone_on_with(interrupt())
+    assert began == [1]
+    assert contents(again) == contents(straight)  # the very bytes: later stages do not depend on how it came about
+
+
+def test_a_damaged_checkpoint_is_named_and_the_training_starts_again(straight, interrupt, caplog) -> None:
+    folder = interrupt()
+    checkpoint = folder.path / "last.ckpt"
+    whole, expected = checkpoint.read_bytes(), load_student(checkpoint)
+    refused = 0
+    for position, bit in flips(checkpoint, 60):
+        flip(checkpoint, position, bit)
+        caplog.clear()
+        if folder.last_checkpoint() is None:
+            refused += 1
+            assert f"{checkpoint} " in caplog.text
+            assert "; the training starts again" in caplog.text
+        else:  # in what fills up the file
+            torch.testing.assert_close(load_student(checkpoint), expected, rtol=0, atol=0)
+        checkpoint.write_bytes(whole)
+    assert refused > 20
+    torn(checkpoint)
+    again, began = gone_on_with(folder)
+    assert began == [0]
+    assert contents(again) == contents(straight)
+
+
+def test_a_checkpoint_of_another_stage_is_none_of_this(straight, interrupt, caplog) -> None:
+    folder, other = interrupt(), interrupt(seed=1)
+    (folder.path / "last.ckpt").write_bytes((other.path / "last.ckpt").read_bytes())
+    again, began = gone_on_with(folder)
+    assert began == [0]
+    assert "last.ckpt is of another stage; the training starts again" in caplog.text
+    assert contents(again) == contents(straight)
+
+
+def test_a_checkpoint_is_written_beside_its_place(interrupt, monkeypatch) -> None:
+    """In the system's temporary folder a killed process would leave it."""
+    monkeypatch.setattr(tempfile, "mkstemp", lambda *_, **__: pytest.fail("a file was made elsewhere"))
+    interrupt()
 
 
 def test_an_exported_file_counts_once_it_is_recorded(stage, caplog) -> None:

@@ -1,5 +1,6 @@
 """Teachers by name. Nothing is downloaded: weights are random, configurations written here."""
 
+import json
 import logging
 import sys
 from typing import Any
@@ -114,3 +115,54 @@ def test_a_head_that_transformers_has_not_is_refused_with_the_nearest(tmp_path) 
     usable("transformers")
     with pytest.raises(ValueError, match=r"has no head 'AutoModelForImages', .*nearest: AutoModelForImage"):
         from_transformers("anything", head="AutoModelForImages")
+
+
+CODE = """
+import pathlib, torch, transformers
+pathlib.Path({mark!r}).touch()
+
+class Config(transformers.PretrainedConfig):
+    model_type = "own"
+
+class Model(transformers.PreTrainedModel):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(3, 2)
+        self.post_init()
+    def forward(self, pixel_values):
+        return self.head(pixel_values.mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch) -> Any:
+    """A folder with a model that is made by a Python file beside it; ``ran`` is there once that has run."""
+    usable("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "own.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    heads = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": heads}))
+    return folder
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_code_that_comes_with_a_model_is_not_run(with_code, pretrained: bool) -> None:
+    with pytest.raises(ValueError, match=r"is made by Python files that come with it, expected .*read these files"):
+        from_transformers(str(with_code), pretrained=pretrained)
+    assert not with_code.with_name("ran").exists()
+
+
+def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(with_code) -> None:
+    teacher = from_transformers(str(with_code), pretrained=False, trust_remote_code=True)
+    assert teacher(Classification().read(IMAGES)).logits.shape == (2, 2)
+    assert with_code.with_name("ran").exists()
+
+
+def test_code_from_the_hub_is_trusted_in_the_version_that_was_read() -> None:
+    with pytest.raises(ValueError, match=r"runs whatever code some/model has today, .*pass revision=<its commit>"):
+        from_transformers("some/model", trust_remote_code=True)
+    with pytest.raises(ValueError, match="timm runs no code that comes with a model"):
+        from_timm("resnet10t", pretrained=False, trust_remote_code=True)
