@@ -1,41 +1,40 @@
-"""The command line: Hydra in, a pipeline out. The only module that imports Hydra."""
+"""The command line: Hydra in, a pipeline out."""
 
-import difflib
 import logging
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from kd_lightning.configuration.arguments import ConfigurationError, check_arguments, errors_at, in_a_line
+from kd_lightning.configuration.composing import Held, explain
+from kd_lightning.configuration.keys import STAGES, check_keys
+from kd_lightning.configuration.parts import Part, by_name, target_of
 from kd_lightning.pipeline import Pipeline, Recipe
+from kd_lightning.pipeline.check_training import check_limits
 from kd_lightning.pipeline.quantizing import QuantizedStage
-from kd_lightning.pipeline.results import Role
+from kd_lightning.pipeline.results import TITLES, Role
 from kd_lightning.pipeline.sources import taught_through, through_stored_outputs
 from kd_lightning.teachers import Stored, Teacher
 from kd_lightning.tracking.logger import store_uri
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
-_STAGES = ("teacher", "assistants", "store_outputs", *_STUDENTS, "quantized", "verdict")
-_MISTAKES = (
-    ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException, InstantiationException
-)  # fmt: skip
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 
@@ -48,30 +47,32 @@ def conf_dir() -> Path:
 def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
     try:
-        _hydra_main()
+        with redirect_stderr(Held(sys.stderr)) as said:
+            _hydra_main()
     except (KeyboardInterrupt, SIGTERMException) as error:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM))
     except SystemExit as error:
-        if error.code == 1:  # Hydra has printed what is wrong, and not always what would be right
-            _print_alternatives([word for word in sys.argv[1:] if not word.startswith("-")])
+        if error.code == 1 and said.getvalue():  # by Hydra, before there was a configuration
+            overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
+            raise SystemExit(f"kd-lightning: {explain(said.getvalue(), overrides, conf_dir())}") from error
+        sys.stderr.write(said.getvalue())
         raise
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def _hydra_main(config: DictConfig) -> float | None:
+    if isinstance(sys.stderr, Held):  # the configuration is there
+        sys.stderr = sys.stderr.stream
     _quiet()
     try:
         job = pipeline(config, _experiment(), _overrides())
         verdict = job.run()
-    except _MISTAKES as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        of_tracking = type(error).__module__.startswith("mlflow")  # which is not imported for this alone
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (of_tracking or isinstance(error, _MISTAKES)):
             raise
-        message = str(error)
-        if isinstance(error, InstantiationException):  # names the target; its cause says what is wrong
-            target = message.splitlines()[0].removeprefix("Error in call to target ").rstrip(":")
-            message = f"{target}: {error.__cause__ or message}"
-        raise SystemExit(f"kd-lightning: {message}") from error
+        raise SystemExit(f"kd-lightning: {'logger: ' if of_tracking else ''}{in_a_line(error)}") from error
     if verdict is None:
         return None
     if config.logger:
@@ -89,12 +90,11 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         overrides: With which it was composed; variants are composed with them, too.
 
     Raises:
-        ValueError: For an unknown stage, or a variant that sets what is not there.
+        ValueError: For what is not as :mod:`kd_lightning.configuration.keys` has it, an argument that is not taken, and
+            a variant that sets what is not there.
     """
-    unknown = [stage for stage in config.stages if stage not in _STAGES]
-    if unknown or not config.stages:
-        raise ValueError(f"expected stages among {', '.join(_STAGES)}, got {list(config.stages)}")
-    resolved = _plain(config)
+    resolved = _whole(config)
+    check_keys(resolved, OmegaConf.to_yaml(config))
     teacher = None
     if "teacher" in config.stages or config.teacher.checkpoint is not None:
         teacher = _teacher(resolved)
@@ -116,17 +116,22 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         assistants=assistants,
         to_store=[recipe for recipe in recipes if recipe.stored_outputs is not None],
         students=[recipe for recipe in recipes if recipe.role in config.stages],
-        quantized=QuantizedStage(**instantiate(resolved["quantized"], _convert_="all"))
-        if "quantized" in config.stages
-        else None,
+        quantized=_quantized(resolved["quantized"]) if "quantized" in config.stages else None,
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
         console=Console(width=None if sys.stdout.isatty() else 100),
-        make_logger=partial(instantiate, resolved["logger"]) if resolved["logger"] else None,
+        make_logger=Part(resolved["logger"], "logger").bound() if resolved["logger"] else None,
         verdict="verdict" in config.stages,
         recall_classes=resolved["recall_classes"],
         reference=resolved["reference"],
     )
+
+
+def _quantized(config: Mapping[str, Any]) -> QuantizedStage:
+    check_arguments(QuantizedStage, config, "quantized")
+    made = Part(config, "quantized").make()
+    with errors_at("quantized", arguments=config):
+        return QuantizedStage(**made)
 
 
 def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | str | None = None) -> Recipe:
@@ -134,52 +139,77 @@ def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | st
     part = config["teacher"]
     if member is not None:
         part = {**part, **({"seed": member, "checkpoint": None} if isinstance(member, int) else {"checkpoint": member})}
-    own = {key: part[key] for key in ("network", "losses", "optimizer", "scheduler")}
-    own |= {"callbacks": {}, "trainer": {**config["trainer"], **part["trainer"]}, "data": config["data"]}
+    parts = {key: Part(part[key], f"teacher.{key}") for key in ("network", "optimizer", "scheduler")}
+    parts |= {
+        "losses": by_name(part["losses"], "teacher.losses"),
+        "callbacks": Part({}, "callbacks"),
+        "data": Part(config["data"], "data"),
+    }
+    parts["trainer"] = _trainer(config, {"teacher": part})
+    path = "teacher.checkpoint" if member is None else "teachers.teachers"
     checkpoint = Path(part["checkpoint"]) if part["checkpoint"] is not None else None
     if checkpoint is not None and not checkpoint.is_file():
-        raise ValueError(f"teacher.checkpoint={checkpoint}: there is no such file")
-    return _recipe(own, "teacher", label, int(part["seed"]), checkpoint)
+        what = "is a folder, expected a file" if checkpoint.is_dir() else "there is no such file"
+        raise ConfigurationError(f"{path}={checkpoint}: {what}")
+    return _recipe(parts, "teacher", label, int(part["seed"]), checkpoint, bool(part["check"]), {"checkpoint": path})
 
 
 def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
     """Train like the teacher, with the distilled student's losses where somebody teaches it, unless it has others."""
     part, names = config["assistants"][name], list(config["assistants"])
-    if name in _STAGES:
-        raise ValueError(f"an assistant is named {name!r}, expected another name than that of a stage")
-    teacher = config["teacher"]
+    if name in {*STAGES, *TITLES} - {"assistant"}:
+        raise ConfigurationError(f"assistants.{name}: expected another name than that of a stage or a role")
+    unknown = part.keys() - {"network", "losses", "optimizer", "scheduler", "trainer", "taught_by"}
+    if unknown or "network" not in part:
+        raise ConfigurationError(
+            f"assistants.{name}: expected network and, if they are its own, losses, optimizer, scheduler, trainer and "
+            f"taught_by, got {', '.join(part)}"
+        )
+    own = f"assistants.{name}"
+    parts = {"network": Part(part["network"], f"{own}.network"), "callbacks": Part({}, "callbacks")}
     taught_by = part.get("taught_by", ("teacher", *names)[names.index(name)])  # the one before it
-    losses = (teacher if taught_by is None else config)["losses"]
-    own = {key: part.get(key, teacher[key]) for key in ("optimizer", "scheduler")}
-    own |= {"network": part["network"], "losses": part.get("losses", losses), "callbacks": {}}
-    own |= {"trainer": {**config["trainer"], **teacher["trainer"], **part.get("trainer", {})}, "data": config["data"]}
-    recipe = _recipe(own, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"])
+    losses = (config["teacher"]["losses"], "teacher.losses") if taught_by is None else (config["losses"], "losses")
+    parts["losses"] = by_name(*((part["losses"], f"{own}.losses") if "losses" in part else losses))
+    for key in ("optimizer", "scheduler"):
+        in_part = key in part
+        parts[key] = Part((part if in_part else config["teacher"])[key], f"{own if in_part else 'teacher'}.{key}")
+    parts["trainer"] = _trainer(config, {"teacher": config["teacher"], own: part})
+    parts["data"] = Part(config["data"], "data")
+    teacher, paths = config["teacher"], {"taught_by": f"{own}.taught_by"}
+    recipe = _recipe(parts, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"], paths=paths)
     return replace(recipe, taught_by=taught_by)
 
 
 def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Recipe:
-    own = {key: config[key] for key in ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data")}
-    own["network"] = config["student"]["network"]
+    # What is wrong with a variant alone is said with its name.
+    prefix = f"variants.{label}: " if label != role else ""
+    keys = ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data")
+    nodes = {key: (config[key], prefix + key) for key in keys}
+    nodes["network"] = (config["student"]["network"], f"{prefix}student.network")
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
-        own |= {"losses": config[role]["losses"], "callbacks": {}}
-    recipe = _recipe(own, role, label, seed, check_teacher=config["teacher"]["check"])
-    return recipe if role == "student" else _taught(recipe, config)
+        nodes |= {"losses": (config[role]["losses"], f"{role}.losses"), "callbacks": ({}, "callbacks")}
+    parts = {key: (by_name if key in ("losses", "callbacks") else Part)(*node) for key, node in nodes.items()}
+    recipe = _recipe(parts, role, label, seed, check_teacher=config["teacher"]["check"])
+    return recipe if role == "student" else _taught(recipe, config, prefix)
 
 
-def _taught(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    source = config["teachers"]
-    make = get_object(source["_target_"])
+def _taught(recipe: Recipe, config: Mapping[str, Any], prefix: str) -> Recipe:
+    source, path = config["teachers"], f"{prefix}teachers"
+    make = target_of(source, path)
     taught_by = config["taught_by"] if recipe.role == "distilled" else "teacher"
     if make is Stored or "store_outputs" in config["stages"]:
-        return through_stored_outputs(recipe, make, taught_by, config["stored_outputs"])
+        with errors_at(path):
+            return through_stored_outputs(recipe, make, taught_by, config["stored_outputs"])
     if recipe.role == "control" and getattr(make, "learns", False):  # its labels are those of the trained teacher
-        make = Teacher
+        make, path = Teacher, "teacher"
         source = {"_target_": "kd_lightning.teachers.Teacher", "accelerate": config["teacher"]["accelerate"]}
 
     def bound(part: Mapping[str, Any]) -> Any:
-        return instantiate({**part, "_partial_": True}, _convert_="all")
+        return Part(part, path).bound()
 
-    return taught_through(recipe, source, make, bound, taught_by, list(_members(config)))
+    with errors_at(path):
+        taught = taught_through(recipe, source, make, bound, taught_by, list(_members(config)))
+    return replace(taught, paths={**taught.paths, "teachers": path})
 
 
 def _members(config: Mapping[str, Any]) -> dict[str, int | str]:
@@ -201,38 +231,58 @@ def _members(config: Mapping[str, Any]) -> dict[str, int | str]:
     return {"teacher" if member == own else f"teacher-{member}": member for member in members}
 
 
+def _trainer(config: Mapping[str, Any], owners: Mapping[str, Mapping[str, Any]]) -> Part:
+    """Return what makes the Trainer of a model that has some arguments of its own, the last one's in the end."""
+    node, places = dict(config["trainer"]), dict[str, str]()
+    for path, owner in owners.items():
+        own = owner.get("trainer", {})
+        node |= own
+        places |= dict.fromkeys(own, f"{path}.trainer")
+    return Part(node, "trainer", places)
+
+
 def _recipe(
-    own: Mapping[str, Any],
+    parts: Mapping[str, Part],
     role: Role,
     label: str,
     seed: int,
     checkpoint: Path | None = None,
     check_teacher: bool = True,
+    paths: Mapping[str, str] | None = None,
 ) -> Recipe:
-    def make(part: str) -> Any:
-        return instantiate(own[part], _convert_="all")
+    node, scheduler = parts["trainer"].node, parts["scheduler"]
+    own_callbacks = Part(node.get("callbacks") or [], f"{parts['trainer'].path}.callbacks")
+    without = {key: value for key, value in node.items() if key != "callbacks"}
+    make_trainer = Part(without, parts["trainer"].path, parts["trainer"].places).bound()
 
-    def make_trainer(**arguments: Any) -> Trainer:
-        trainer = instantiate({**own["trainer"], "_partial_": True}, _convert_="all")
-        arguments["callbacks"] = [*(trainer.keywords.get("callbacks") or []), *arguments["callbacks"]]
-        made: Trainer = trainer(**arguments)
+    def trainer(**arguments: Any) -> Trainer:
+        made: Trainer = make_trainer(**{**arguments, "callbacks": [*own_callbacks.make(), *arguments["callbacks"]]})
+        with make_trainer.part.errors():
+            check_limits(made, {**without, **arguments})
         return made
 
+    losses, data = parts["losses"], parts["data"].bound()
+    config = {key: part.node for key, part in parts.items()}
     return Recipe(
         role=role,
         label=label,
-        method=_method(own["losses"]) if checkpoint is None else "checkpoint",
+        method=_method(losses.node) if checkpoint is None else "checkpoint",
         seed=seed,
-        config={**own, "seed": seed},
-        network=partial(make, "network"),
-        losses=partial(make, "losses"),
-        callbacks=lambda: list(make("callbacks").values()),
-        data=partial(instantiate, own["data"], _convert_="all"),
-        trainer=make_trainer,
-        optimizer=make("optimizer"),
-        scheduler=make("scheduler") if own["scheduler"] else None,
+        config={**config, "seed": seed},
+        network=parts["network"].make,
+        losses=losses.make,
+        callbacks=lambda: list(parts["callbacks"].make().values()),
+        data=data,
+        trainer=trainer,
+        optimizer=parts["optimizer"].bound(),
+        scheduler=scheduler.bound() if scheduler.node else None,
         checkpoint=checkpoint,
         check_teacher=check_teacher,
+        paths={
+            **{key: part.path for key, part in parts.items()},
+            **{key: key for key in ("stages", "taught_by", "stored_outputs")},
+            **(paths or {}),
+        },
     )
 
 
@@ -248,16 +298,18 @@ def _method(losses: Mapping[str, Any]) -> str:
 def _variants(config: DictConfig, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Compose the configuration anew for each variant, with what it sets after what the command line set."""
     if not config.variants:
-        return {"distilled": _plain(config)}
+        return {"distilled": _whole(config)}
     found = {}
     for label, changes in _plain(config.variants).items():
+        if label in TITLES and label != "distilled":
+            raise ConfigurationError(f"variants.{label}: expected another name than that of a role")
         own = [f"{path}={_as_override(value)}" for path, value in changes.items()]
         try:
-            found[label] = _plain(hydra.compose("config", [*overrides, *own]))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(
-                f"variant {label!r} sets {', '.join(changes)}, expected a path or a group that the command line takes: "
-                f"{str(error).splitlines()[0]}"
+            found[label] = _whole(hydra.compose("config", [*overrides, *own]))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigurationError(
+                f"variants.{label}: variant {label!r} sets {', '.join(changes)}, expected a path or a group that the "
+                f"command line takes: {str(error).splitlines()[0]}"
             ) from error
     return found
 
@@ -273,6 +325,15 @@ def _as_override(value: Any) -> str:
             value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
         )
     return "null" if value is None else str(value).lower()
+
+
+def _whole(config: DictConfig) -> dict[str, Any]:
+    """Return all of a configuration, interpolations resolved; a scheduler may be left out."""
+    resolved = _plain(config)
+    for part in (resolved, resolved.get("teacher")):
+        if isinstance(part, dict):
+            part.setdefault("scheduler", None)
+    return resolved
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -313,42 +374,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-
-
-def _print_alternatives(overrides: list[str]) -> None:
-    """Say for overrides that name nothing in the configuration which names are there."""
-    groups = {
-        folder.name: sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir()
-    }
-    paths = _known_paths()
-    for override in overrides:
-        path, _, value = override.lstrip("+~").partition("=")
-        group = path.partition("@")[0]
-        chosen = re.findall(r"[\w/.-]+", value)
-        if path.startswith("hydra."):
-            continue
-        if group in groups and not set(chosen) <= set(groups[group]):
-            print(f"\n{group}: the options here are {', '.join(groups[group])}", file=sys.stderr)
-        elif path not in paths and group not in groups:
-            nearest = difflib.get_close_matches(path, paths, n=5, cutoff=0.5)
-            nearest += difflib.get_close_matches(group, groups, n=2)
-            print(f"\n{path}: the nearest names are {', '.join(nearest) or 'none'}", file=sys.stderr)
-            print(f"Groups: {', '.join(groups)}. All paths: kd-lightning --cfg job", file=sys.stderr)
-
-
-def _known_paths() -> list[str]:
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            return list(_paths(OmegaConf.to_container(hydra.compose("config"))))
-    except (HydraException, OmegaConfBaseException):
-        return []
-
-
-def _paths(node: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from _paths(value, f"{prefix}{key}.")

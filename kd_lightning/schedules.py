@@ -135,7 +135,9 @@ def _join(schedules: tuple[Schedule, ...], boundaries: tuple[float, ...], progre
 
 def _check_boundaries(parts: int, boundaries: Sequence[float], what: str) -> None:
     if parts != len(boundaries) + 1:
-        raise ValueError(f"expected one boundary fewer than {what}, got {len(boundaries)} for {parts} {what}")
+        raise ValueError(
+            f"expected one boundary fewer than {what}, got boundaries {list(boundaries)} for {parts} {what}"
+        )
     edges = [0.0, *boundaries, 1.0]
     if not all(a < b for a, b in pairwise(edges)):  # NaN compares as neither
         raise ValueError(f"expected boundaries that rise strictly between 0 and 1, got {list(boundaries)}")

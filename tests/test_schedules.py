@@ -97,7 +97,7 @@ def test_a_warm_up_longer_than_the_training_is_refused(duration: float) -> None:
 @pytest.mark.parametrize(
     ("boundaries", "message"),
     [
-        ([0.5], "expected one boundary fewer than .*, got 1 for 3"),
+        ([0.5], r"expected one boundary fewer than .*, got boundaries \[0.5\] for 3"),
         ([0.5, 0.5], r"rise strictly between 0 and 1, got \[0\.5, 0\.5\]"),
         ([0.5, 0.4], "rise strictly"),
         ([0.0, 0.5], "rise strictly"),

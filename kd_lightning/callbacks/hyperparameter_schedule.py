@@ -35,6 +35,7 @@ class HyperparameterSchedule(Callback):
     """
 
     def __init__(self, path: str, schedule: Schedule) -> None:
+        _check_callable(schedule)
         self.path = path
         self.schedule = schedule
         self._owner, _, self._name = path.rpartition(".")
@@ -98,6 +99,7 @@ class TemperatureSchedule(Callback):
     """
 
     def __init__(self, schedule: Schedule, loss: str | None = None) -> None:
+        _check_callable(schedule)
         self.schedule = schedule
         self.loss = loss
 
@@ -131,6 +133,11 @@ class TemperatureSchedule(Callback):
         for name in _numbers(objective):
             if self.loss in (None, name):
                 setattr(objective.losses[name], "temperature", value)  # noqa: B010
+
+
+def _check_callable(schedule: object) -> None:
+    if not callable(schedule):
+        raise TypeError(f"expected schedule to be a function of progress, got {type(schedule).__name__}")
 
 
 def value_at(

@@ -84,6 +84,9 @@ class FashionMNIST(ImageData):
         wrong = [c for c in exclude_classes if c not in range(self.num_classes)]
         if wrong:
             raise ValueError(f"expected exclude_classes among 0 to {self.num_classes - 1}, got {wrong}")
+        for name, value in (("teacher_images", teacher_images), ("labelled", labelled), ("unlabelled", unlabelled)):
+            if value < 0:
+                raise ValueError(f"expected {name} of 0 or more, got {value}")
         self.teacher_images, self.labelled, self.unlabelled = teacher_images, labelled, unlabelled
         self.exclude_classes, self.share_images = tuple(exclude_classes), share_images
         self.folder, self.whole = folder, whole or folder is not None

@@ -48,6 +48,8 @@ class ImageData(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"expected {name} of 1 or more, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.role, self.seed = role, seed
         self.around: Sequence[Callable[[Any], Any]] = ()
@@ -107,8 +109,10 @@ def draw(pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str) 
     """Draw disjoint subsets at random; under the same seed, a larger first one holds the smaller one.
 
     Raises:
-        ValueError: When the pool is too small.
+        ValueError: When the pool is too small, and for a negative seed.
     """
+    if seed < 0:
+        raise ValueError(f"expected split_seed of 0 or more, got {seed}")
     if min(sizes) < 0 or sum(sizes) > len(pool):
         raise ValueError(f"expected up to {len(pool)} images, got {' + '.join(map(str, sizes))}: {remedy}")
     order = np.random.default_rng(seed).permutation(pool)

@@ -36,7 +36,8 @@ class ImageFolder(ImageData):
 
     Raises:
         ImportError: Without torchvision.
-        ValueError: For a folder that is missing or has other classes than ``train``, or an image that is torn.
+        ValueError: For a number out of range, a folder that is missing or has other classes than ``train``, or an
+            image that is torn.
     """
 
     def __init__(
@@ -57,6 +58,13 @@ class ImageFolder(ImageData):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, role, seed)
         _transforms()
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"expected mean and std of three channels, std above 0, got mean {mean} and std {std}")
+        for name, value in (("crop", crop), ("resize", resize)):
+            if value < 1:
+                raise ValueError(f"expected {name} of 1 or more, got {value}")
+        if not 0 < smallest_crop <= 1:
+            raise ValueError(f"expected smallest_crop in (0, 1], a share of the area, got {smallest_crop}")
         self.folder, self.crop, self.resize, self.smallest_crop = Path(folder), crop, resize, smallest_crop
         self.validation, self.mean, self.std, self.split_seed = validation, tuple(mean), tuple(std), split_seed
         self.class_names = _classes(self.folder / "train")

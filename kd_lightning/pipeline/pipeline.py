@@ -12,17 +12,13 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
-from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
-from kd_lightning.export.formats import require
 from kd_lightning.files import remove_leftovers
-from kd_lightning.lookahead import loader_batches
-from kd_lightning.module import DistillationModule
-from kd_lightning.objective import DistillationObjective
+from kd_lightning.pipeline.checks import check_recipes
 from kd_lightning.pipeline.fingerprint import code_of
 from kd_lightning.pipeline.latency import Latency, measure
 from kd_lightning.pipeline.lock import held_if_free
 from kd_lightning.pipeline.progress import StageProgress
-from kd_lightning.pipeline.quantizing import QuantizedStage, check_can_be_quantized
+from kd_lightning.pipeline.quantizing import QuantizedStage
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Verdict
 from kd_lightning.pipeline.run_id import read_run_id, remove_run_id, write_run_id
@@ -33,9 +29,7 @@ from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.pipeline.table import print_verdict
 from kd_lightning.pipeline.teaching import store, with_members
 from kd_lightning.pipeline.verdict import make_verdict, write_verdict
-from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.tasks import Classification
-from kd_lightning.teachers.stored import Stored
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
@@ -81,12 +75,14 @@ class Pipeline:
         known = [recipe.label for recipe in (self.teacher, *self.members) if recipe is not None]
         for recipe in (*self.assistants, *self.students):
             if recipe.needs_teacher and recipe.taught_by == "teacher" and self.teacher is None:
-                raise ValueError(
-                    f"{recipe.name} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its "
-                    "weights>"
-                )
+                with recipe.errors("stages"):
+                    raise ValueError(
+                        f"{recipe.name} needs a teacher: add teacher to the stages, or pass teacher.checkpoint=<its "
+                        "weights>"
+                    )
             if recipe.needs_teacher and recipe.taught_by not in known:
-                raise ValueError(f"{recipe.name} is taught by {recipe.taught_by!r}, expected one of {known}")
+                with recipe.errors("taught_by"):
+                    raise ValueError(f"{recipe.name} is taught by {recipe.taught_by!r}, expected one of {known}")
             if recipe.role == "assistant":
                 known.append(recipe.label)
         distilled = list(dict.fromkeys(recipe.label for recipe in self.students if recipe.role == "distilled"))
@@ -106,7 +102,7 @@ class Pipeline:
             for left in (self.work_dir, *self.work_dir.glob("*/")):
                 remove_leftovers(left)
         check_writable(self.work_dir)
-        self._check_recipes()
+        check_recipes(self._recipes(), self.quantized, self.recall_classes)
         for recipe in self._recipes():
             code_of(recipe)  # is read now, ahead of edits during the training: what was imported is what runs
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
@@ -130,30 +126,6 @@ class Pipeline:
             if alone:
                 remove_run_id(folder)
             return verdict
-
-    def _check_recipes(self) -> None:
-        """Make everything once and run it dry, so that no stage fails after those before it were trained."""
-        recipes = {recipe.label: recipe for recipe in self._recipes()}
-        if self.quantized is not None:
-            require("the stage quantized", ("onnx", "onnxscript", "onnxruntime"), "onnx")
-            check_can_be_quantized(recipes.values(), self.quantized)
-        for recipe in recipes.values():
-            networks = [recipes[name].network() for name in (recipe.taught_by, *recipe.members) if name in recipes]
-            data = recipe.training_data()
-            data.prepare_data()
-            data.setup("fit")
-            teacher = recipe.source(*networks) if recipe.is_taught else None
-            if recipe.stored_outputs is not None:
-                check_parts(Stored(), DistillationObjective(recipe.losses()))
-            module = DistillationModule(recipe.network(), teacher, recipe.losses(), recipe.optimizer, recipe.scheduler)
-            batches = loader_batches(data.train_dataloader())
-            names = getattr(data, "class_names", None)
-            dry_run(batches, module.student, module.teacher, module.objective, module.task, class_names=names)
-            if teacher is not None:
-                teacher.start(module.student)
-            for callback in recipe.callbacks():
-                if isinstance(callback, HyperparameterSchedule | TemperatureSchedule):
-                    callback.check(module)
 
     def _recipes(self) -> list[Recipe]:
         return [recipe for recipe in (self.teacher, *self.members, *self.assistants, *self.students) if recipe]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from kd_lightning.callbacks import QuantizationAwareTraining
+from kd_lightning.configuration.arguments import explained
 from kd_lightning.export.metadata import check_normalisation
 from kd_lightning.objective import find_objective
 from kd_lightning.pipeline.recipe import Quantizing, Recipe
@@ -145,8 +146,8 @@ def check_can_be_quantized(recipes: Iterable[Recipe], settings: QuantizedStage) 
         changing = [name for name, loss in recipe.losses().items() if loss.changes_student]
         if recipe.role == "distilled" and changing:
             raise ValueError(
-                f"{recipe.name}: losses {changing} change the student's architecture, so it cannot go on training as "
-                "it was trained: leave quantized out of the stages"
+                f"quantized: losses {changing} of {recipe.name} change the student's architecture, so it cannot go on "
+                "training as it was trained: leave quantized out of the stages"
             )
         if recipe.role not in ("teacher", "student", "distilled") or recipe.config.get("network") in checked:
             continue
@@ -155,13 +156,15 @@ def check_can_be_quantized(recipes: Iterable[Recipe], settings: QuantizedStage) 
         data.prepare_data()
         data.setup("fit")
         batch, said = next(iter(data.train_dataloader())), described(data)
-        for spec in (settings.spec, settings.weights_only):
+        for name in ("spec", "weights_only"):
+            spec = getattr(settings, name)
             if spec is not None:
                 try:
                     exportable(calibrate(prepare(recipe.network(), spec), [batch]))
                     check_normalisation(said["mean"], said["std"], Classification().read(batch))
                 except ValueError as error:
-                    raise ValueError(f"{recipe.name} cannot be quantized: {error}") from error
+                    cannot = ValueError(f"{recipe.name} cannot be quantized: {error}")
+                    raise explained(cannot, asdict(spec), f"quantized.{name}") from error
 
 
 def best_distilled(finished: Sequence[Finished]) -> str | None:

@@ -1,13 +1,15 @@
 """What one training is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import nn
 
+from kd_lightning.configuration.arguments import errors_at
 from kd_lightning.data import WithIds
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.pipeline.results import Role
@@ -69,6 +71,7 @@ class Recipe:
         stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
             None for a live teacher.
         quantizing: Of a quantised network; None for one in float.
+        paths: Where each part stands in the configuration, for errors: ``network`` in ``student.network``.
     """
 
     role: Role
@@ -90,6 +93,12 @@ class Recipe:
     source: Callable[..., TeacherSource] = Teacher
     stored_outputs: Mapping[str, Any] | None = None
     quantizing: Quantizing | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def errors(self, *parts: str) -> AbstractContextManager[None]:
+        """Let whatever goes wrong name the paths of parts, where these are known."""
+        paths = [self.paths[part] for part in parts if part in self.paths]
+        return errors_at(*paths, arguments=self.config.get(parts[0]) if len(parts) == 1 else None)
 
     @property
     def name(self) -> str:

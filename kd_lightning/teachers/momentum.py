@@ -39,7 +39,7 @@ class Momentum(TeacherSource):
         network: The averaged student, once training has begun.
 
     Raises:
-        ValueError: For a decay outside [0, 1].
+        ValueError: For a decay outside [0, 1], at any time.
 
     Example:
         >>> from kd_lightning.schedules import cosine
@@ -51,8 +51,8 @@ class Momentum(TeacherSource):
     def __init__(self, decay: float | Schedule = 0.999) -> None:
         self.decay = decay
         self.scheduled = callable(decay)
-        if not callable(decay):
-            _check_decay(decay)
+        for share in range(101):
+            _check_decay(decay(share / 100) if callable(decay) else decay)
         self._student: nn.Module | None = None
         self._started = False
         self._wide: dict[str, Tensor] = {}  # in float32, what the network has in half precision

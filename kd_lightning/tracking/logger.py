@@ -29,6 +29,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         artifact_location: Of a new experiment; beside a SQLite file by default.
 
     Raises:
+        ValueError: For an experiment without a name.
         OSError: When the folder of a SQLite store cannot be written to; before anything is trained.
     """
 
@@ -41,6 +42,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
         run_id: str | None = None,
         artifact_location: str | None = None,
     ) -> None:
+        if not experiment_name:
+            raise ValueError(f"expected experiment_name to be a name, got {experiment_name!r}: leave it out")
         uri = store_uri(tracking_uri)
         folder = sqlite_folder(uri)
         if folder is not None:

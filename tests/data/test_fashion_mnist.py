@@ -103,7 +103,7 @@ def test_teacher_and_student_can_share_all_images():
         ({"labelled": 6001}, r"expected up to 6000 images, got 6001 \+ 0: ask for fewer .*whole=True"),
         ({"labelled": 6000, "unlabelled": 1}, r"expected up to 6000 images, got 6000 \+ 1"),
         ({"labelled": 5500, "exclude_classes": [9]}, "expected up to 5373 images, got 5500"),
-        ({"labelled": -1}, "expected up to 6000 images, got -1"),
+        ({"labelled": -1}, "expected labelled of 0 or more, got -1"),
         ({"teacher_images": 12001}, r"expected teacher_images up to 12000, got 12001: ask for fewer, or .*whole=True"),
         ({"labelled": 201, "teacher_images": 200, "share_images": True}, "expected up to 200 images, got 201"),
         ({"exclude_classes": [10]}, r"expected exclude_classes among 0 to 9, got \[10\]"),

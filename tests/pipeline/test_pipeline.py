@@ -146,55 +146,14 @@ def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Pat
     assert written.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            [
-                "stages=[teacher,store_outputs,distilled]",
-                "losses=[wkd_logits]",
-                "losses.wkd_logits.teacher_classifier=head",
-            ],
-            r"losses \['wkd_logits'\] look into the teacher's network.*got Stored",
-        ),
-        (["taught_by=medium"], r"distilled-kd-T4-s0 is taught by 'medium', expected one of \['teacher'\]"),
-        (["losses.kd.temperature=-1"], "KD.*expected temperature > 0, got -1"),
-        (["losses.hard_label.weight=-0.5"], "expected weight >= 0, got -0.5"),
-        (
-            ["losses=[kd,hint]", "losses.hint.student_layer=blok3", "losses.hint.teacher_layer=block4"],
-            r"student CNN8 has no layer 'blok3'.*block3 \(2, 16, 4, 4\)",
-        ),
-        (
-            ["student.network.num_classes=7", "stages=[teacher,distilled]"],
-            "student has 7 outputs and the data 10 classes",
-        ),
-        (
-            ["student.network.num_classes=7", "teacher.network.num_classes=7"],
-            "has 7 outputs and the data 10 classes",
-        ),
-        (["models@student.network=resnet8x4"], r"cannot take a batch of shape \(2, 1, 28, 28\)"),
-        (["stages=[distilled]"], "needs a teacher: add teacher to the stages"),
-        (["stages=[teacher,destilled]"], "expected stages among .* got .*destilled"),
-        (["teacher.checkpoint=nowhere.ckpt"], "nowhere.ckpt: there is no such file"),
-        (["data.labelled=7000"], "expected up to 6000 images, got 7000"),
-        (["+variants={a:{losses.kd.temprature:3}}"], "variant 'a' sets losses.kd.temprature, expected"),
-        (["+variants={a:{losses:[kdd]}}"], "variant 'a' sets losses, .*Could not load 'losses/kdd'"),
-        (
-            ["+variants={a:{losses:[kd]}}", "reference=b"],
-            r"reference 'b' is no distilled model, expected one of \['a'\]",
-        ),
-        (["callbacks=[temperature_schedule]", "losses=[hard_label]"], "no loss has a temperature to schedule"),
-        (
-            ["callbacks=[temperature_schedule]", "callbacks.temperature_schedule.schedule.end=-1"],
-            r"schedule of 'temperature' gives .* expected values above 0",
-        ),
-    ],
-)
-def test_a_mistake_is_an_error_before_anything_is_trained(tmp_path: Path, arguments: list[str], message: str) -> None:
-    printed = kd_lightning(*TINY, "logger=null", *arguments, cwd=tmp_path, code=1)
-    assert re.search(message, " ".join(printed.split())), printed
-    assert "Traceback" not in printed
-    assert not list(tmp_path.glob("mlruns/stages/*/final.ckpt"))
+def test_a_mistake_is_one_line_before_anything_is_trained(tmp_path: Path) -> None:
+    printed = kd_lightning(*TINY, "logger=null", "losses.kd.temperature=-1", cwd=tmp_path, code=1)
+    expected = (
+        "kd-lightning: losses.kd.temperature=-1: expected temperature > 0, got -1: 1 leaves the logits as they are"
+    )
+    assert printed.startswith(expected)
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.glob("mlruns/stages/*/"))
 
 
 def test_a_training_that_diverges_is_one_line_and_no_verdict(finished, tmp_path: Path) -> None:
