@@ -213,7 +213,7 @@ def _texts(value: Any) -> dict[str, int]:
     if value is None or isinstance(value, bool | Mapping):
         return {}
     if isinstance(value, int):
-        return {str(value): 2, str(float(value)): 2}
+        return {str(value): 1, str(float(value)): 1}
     if isinstance(value, list | tuple):
         return {str(value): 2, **{repr(item): 2 if isinstance(item, str) else 1 for item in value}}
     return {str(value): 1, repr(value): 2}
@@ -248,7 +248,9 @@ def _is(kind: Any, base: type) -> bool:
 
 def _is_list(kind: Any) -> bool:
     plain = get_origin(kind) or kind
-    return _is(plain, Iterable) and not _is(plain, Mapping) and plain not in _STRINGS and not _is(plain, bytes)
+    # Not whatever can be iterated, as a tensor can.
+    abstract = getattr(plain, "__module__", None) == "collections.abc" and _is(plain, Iterable)
+    return plain in (list, tuple, set, frozenset) or (abstract and not _is(plain, Mapping))
 
 
 def _is_plain(kind: Any) -> bool:

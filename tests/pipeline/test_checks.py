@@ -44,7 +44,7 @@ def refusal(*arguments: str) -> str:
         # Found as soon as the configuration is read.
         (["trainer.max_steps=ten"], "trainer.max_steps=ten: expected a whole number, got 'ten'"),
         (["trainer.max_steps=10.5"], "trainer.max_steps=10.5: expected a whole number, got 10.5"),
-        (["optimizer.lr=fast"], "optimizer.lr=fast: expected a finite number or a list, got 'fast'"),
+        (["optimizer.lr=fast"], "optimizer.lr=fast: expected a finite number, got 'fast'"),
         (["losses.kd.temperature=four"], "losses.kd.temperature=four: expected a finite number, got 'four'"),
         (["losses.kd.temperature=inf"], "losses.kd.temperature=inf: expected a finite number, got inf"),
         (["losses.kd.weight=heavy"], "losses.kd.weight=heavy: expected a finite number"),
@@ -118,6 +118,31 @@ def refusal(*arguments: str) -> str:
             ["teachers=momentum", "teachers.decay={_target_:kd_lightning.schedules.linear,start:0.9,end:2}"],
             "teachers.*: .*got 1.0",
         ),
+        (
+            [
+                "stages=[teacher,store_outputs,distilled]",
+                "losses=[wkd_logits]",
+                "losses.wkd_logits.teacher_classifier=head",
+            ],
+            r"losses: losses \['wkd_logits'\] look into the teacher's network.*got Stored",
+        ),
+        (["taught_by=medium"], r"taught_by: distilled-kd-T4-s0 is taught by 'medium', expected one of \['teacher'\]"),
+        (["losses.hard_label.weight=-0.5"], "losses.hard_label.weight=-0.5: expected weight >= 0, got -0.5"),
+        (["stages=[distilled]"], "stages: distilled-kd-T4-s0 needs a teacher: add teacher to the stages"),
+        (["data.labelled=7000"], "data: expected up to 6000 images, got 7000 + 0: ask for fewer labelled + unlabelled"),
+        (["+variants={a:{losses.kd.temprature:3}}"], "variants.a: variant 'a' sets losses.kd.temprature, expected"),
+        (["+variants={a:{losses:[kdd]}}"], "variants.a: variant 'a' sets losses, .*Could not load 'losses/kdd'"),
+        (["+variants={teacher:{losses:[kd]}}"], "variants.teacher: expected another name than that of a role"),
+        (["+variants={a:{losses:[kd]}}", "reference=b"], r"reference 'b' is no distilled model, expected .* \['a'\]"),
+        (
+            ["callbacks=[temperature_schedule]", "losses=[hard_label]"],
+            "callbacks.temperature_schedule: no loss has a temperature to schedule",
+        ),
+        (
+            ["losses=[kd,at]", "losses.at.student_layers=[block1,no]", "losses.at.teacher_layers=[block3,block4]"],
+            r"losses.at.student_layers=\['block1', 'no'\]: the student CNN8 has no layer 'no'",
+        ),
+        (["optimizer=sgd", "optimizer.weight_decay=[[1]]"], "optimizer.weight_decay=.*: expected a finite number"),
     ],
 )
 def test_a_mistake_is_named_with_its_path(arguments: list[str], message: str) -> None:
