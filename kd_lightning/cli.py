@@ -31,11 +31,15 @@ from kd_lightning.pipeline.quantizing import QuantizedStage
 from kd_lightning.pipeline.results import TITLES, Role
 from kd_lightning.pipeline.sources import taught_through, through_stored_outputs
 from kd_lightning.teachers import Stored, Teacher
+from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.logger import store_uri
+from kd_lightning.tracking.runs import is_rank_zero
+from kd_lightning.tracking.store import check_store
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
+_terminated = False
 
 
 def conf_dir() -> Path:
@@ -46,6 +50,7 @@ def conf_dir() -> Path:
 
 def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         with redirect_stderr(Held(sys.stderr)) as said:
             _hydra_main()
@@ -60,6 +65,17 @@ def main() -> None:
         raise
 
 
+def _on_sigterm(number: int, frame: Any) -> None:
+    """End as Ctrl-C does. In a training Lightning's handler calls this one, and ends it after the batch by itself.
+
+    A second signal ends that at once, too.
+    """
+    global _terminated
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm or _terminated:
+        raise SIGTERMException
+    _terminated = True
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def _hydra_main(config: DictConfig) -> float | None:
     if isinstance(sys.stderr, Held):  # the configuration is there
@@ -67,6 +83,8 @@ def _hydra_main(config: DictConfig) -> float | None:
     _quiet()
     try:
         job = pipeline(config, _experiment(), _overrides())
+        if config.logger and is_rank_zero():
+            check_store(store_uri(config.logger.get("tracking_uri")))
         verdict = job.run()
     except Exception as error:
         of_tracking = type(error).__module__.startswith("mlflow")  # which is not imported for this alone
@@ -353,7 +371,7 @@ def _experiment() -> str | None:
 
 
 def _say_where(console: Console, tracking_uri: str | None) -> None:
-    uri = store_uri(tracking_uri)
+    uri = without_credentials(store_uri(tracking_uri))
     console.print()
     if uri.startswith(("http:", "https:")):
         console.print(f"Every run: {uri}", highlight=False)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,10 @@ class Pipeline:
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
         # Where another process runs the very same pipeline, this one has a parent run of its own.
         with held_if_free(folder) if is_rank_zero() else nullcontext(False) as alone:
-            # The marker is there while the pipeline is under way.
+            # The marker is there while the pipeline is under way, and until the store has all of it.
             known = read_run_id(folder, self._fingerprint()) if alone else None
-            tracking = Tracking(self.make_logger, self.name, self.config, known)
-            if alone and tracking.run_id is not None:
-                write_run_id(folder, tracking.run_id, self._fingerprint())
+            note = partial(write_run_id, folder, of=self._fingerprint()) if alone else None
+            tracking = Tracking(self.make_logger, self.name, self.config, known, note)
             try:
                 finished = self._run_stages(tracking)
                 if not is_rank_zero():
@@ -120,10 +120,9 @@ class Pipeline:
                 verdict = self._compare(finished, tracking, folder / "verdict.json") if self.verdict else None
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                tracking.finish(tracking.run_id, "KILLED" if interrupted else "FAILED")
+                tracking.close("KILLED" if interrupted else "FAILED")
                 raise
-            tracking.finish(tracking.run_id)
-            if alone:
+            if tracking.close("FINISHED") and alone:
                 remove_run_id(folder)
             return verdict
 
@@ -165,17 +164,13 @@ class Pipeline:
             recipe,
             finished.get(recipe.taught_by or ""),
             self.work_dir,
-            lambda run_id: tracking.logger(recipe.name, tags, recipe.config, run_id),
+            lambda run_id, known: tracking.logger(recipe.name, tags, recipe.config, run_id, known),
             [progress],
         )
-        run_id = stage.folder.run_id
-        if stage.reused and not tracking.is_child(run_id):
-            # A run of its own under this parent, so that all rows of a comparison stand side by side.
-            origin = {"kd.reused_from": run_id} if run_id else {}
-            logger = tracking.logger(recipe.name, {**tags, **origin}, recipe.config)
-            run_id = logger.run_id if logger is not None else None
-            stage.folder.remember(run_id)
-        elif not stage.reused:
+        if stage.reused:
+            tracking.reused(recipe.name, tags, recipe.config, stage.folder.run_id, stage.folder.remember)
+        run_id = tracking.runs.get(recipe.name)
+        if not stage.reused:
             tracking.artifact(run_id, stage.folder.weights)
             if recipe.quantizing is not None:
                 tracking.artifact(run_id, stage.folder.file)
@@ -212,6 +207,7 @@ class Pipeline:
         first_of_label = {stage.result.label: stage for stage in reversed(finished)}
         first_of_label = dict(reversed(first_of_label.items()))
         openvino, files_mb = None, dict[str, float]()
+        tracking.settle()
         if self.quantized is None:
             latency = measure({label: stage.network() for label, stage in first_of_label.items()}, _one_sample(data))
         else:
@@ -235,7 +231,7 @@ class Pipeline:
         write_verdict(verdict, path)
         for stage in finished:
             values = _speed(latency[stage.result.label]) | {"final/file_mb": files_mb.get(stage.result.label)}
-            tracking.metrics(stage.folder.run_id, values)
+            tracking.metrics(tracking.runs.get(stage.recipe.name), values)
         for label, model in verdict.models.items():
             of_model = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
             of_model |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}

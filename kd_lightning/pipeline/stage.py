@@ -86,6 +86,8 @@ def train(
         raise
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
+    if trainer.received_sigterm:  # after the last batch: the Trainer has not told
+        raise SIGTERMException
     module.cpu()
     return timer.time_elapsed("train"), module.objective, trainer
 
@@ -130,7 +132,7 @@ def run_stage(
     recipe: Recipe,
     teacher: Finished | None,
     stages: Path,
-    make_logger: Callable[[str | None], Any],
+    make_logger: Callable[[str | None, Callable[[str | None], None]], Any],
     callbacks: list[Callback],
 ) -> Finished:
     """Train and test one network, or take it from ``stages`` where one with the same fingerprint was finished before.
@@ -141,8 +143,8 @@ def run_stage(
         recipe: What to train.
         teacher: Already finished.
         stages: Folder of all stages.
-        make_logger: Given the id of the run that an earlier attempt was logged to, or None. Not called for a stage
-            that is reused.
+        make_logger: Given the id of the run that an earlier attempt was logged to, or None, and what is to be called
+            with this attempt's. Not called for a stage that is reused.
         callbacks: Of the caller, such as a progress display.
     """
     data = recipe.training_data()
@@ -155,9 +157,7 @@ def run_stage(
         if agreed(result is not None):
             assert result is not None
             return finished(result=result, reused=True)
-        logger = make_logger(folder.run_id)
-        if is_rank_zero():
-            folder.remember(logger.run_id if logger is not None else None)
+        logger = make_logger(folder.run_id, folder.remember)
         _make(recipe, data, teacher, folder, logger, callbacks)
         result = folder.read()
     assert result is not None

@@ -80,7 +80,7 @@ class Job:
         self.teachers: dict[str, Finished] = {}
         for recipe in (job.teacher, *job.assistants):
             taught_by = self.teachers.get(recipe.taught_by or "")
-            self.teachers[recipe.label] = run_stage(recipe, taught_by, job.work_dir, lambda _: None, [])
+            self.teachers[recipe.label] = run_stage(recipe, taught_by, job.work_dir, lambda run_id, known: None, [])
         self.recipes = {recipe.label: recipe for recipe in job.students}
         distilled = next(recipe for recipe in job.students if recipe.role == "distilled")
         self.data = distilled.training_data()

@@ -58,4 +58,4 @@ def recipe(role: str = "student", seed: int = 0, **changes: Any) -> Recipe:
 
 def made(stages: Path, role: str = "student", teacher: Finished | None = None, **changes: Any) -> Finished:
     """Train the stage, or use it again."""
-    return run_stage(recipe(role, **changes), teacher, stages, lambda run_id: None, [])
+    return run_stage(recipe(role, **changes), teacher, stages, lambda run_id, known: None, [])

@@ -9,23 +9,26 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.tracking import MLFlowLogger
-from kd_lightning.tracking.logger import check_writable, sqlite_folder
+from kd_lightning.tracking.logger import check_writable
+from kd_lightning.tracking.sqlite import sqlite_file
 
 
 @pytest.mark.parametrize(
-    ("uri", "folder"),
+    ("uri", "file"),
     [
-        ("sqlite:///mlruns/mlflow.db", Path("mlruns")),
-        ("sqlite:////data/runs/mlflow.db", Path("/data/runs")),
-        ("sqlite:///mlflow.db", Path()),
-        ("sqlite+pysqlite:////data/mlflow.db", Path("/data")),
+        ("sqlite:///mlruns/mlflow.db", Path("mlruns/mlflow.db")),
+        ("sqlite:////data/runs/mlflow.db", Path("/data/runs/mlflow.db")),
+        ("sqlite:///mlflow.db", Path("mlflow.db")),
+        ("sqlite+pysqlite:////data/mlflow.db", Path("/data/mlflow.db")),
+        ("sqlite:///:memory:", None),
+        ("sqlite://", None),
         ("http://localhost:5000", None),
         ("postgresql://user@host/mlflow", None),
         ("databricks", None),
     ],
 )
-def test_the_folder_of_a_sqlite_store(uri: str, folder: Path | None) -> None:
-    assert sqlite_folder(uri) == folder
+def test_the_file_of_a_sqlite_store(uri: str, file: Path | None) -> None:
+    assert sqlite_file(uri) == file
 
 
 def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path) -> None:
@@ -99,6 +102,7 @@ def test_labels_as_users_write_them_are_logged_under_names_that_mlflow_takes(fin
     shutil.copytree(finished[0] / "mlruns", tmp_path / "mlruns")  # a store that is migrated already
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db", run_name="names")
     logger.log_hyperparams({"variants": {"T=4": {"losses.kd.temperature": 4.0}}})
+    assert logger.delivery.flush()
     params = logger.experiment.get_run(logger.run_id).data.params
     assert params == {"variants/T-4/losses.kd.temperature": "4.0"}
 

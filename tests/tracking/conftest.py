@@ -1,0 +1,26 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kd_lightning.tracking.sqlite import create_database
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new store, which takes seconds to make; read-only."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    create_database(file)
+    return file
+
+
+@pytest.fixture
+def store(database: Path, tmp_path: Path) -> Path:
+    """A store of the test's own."""
+    return Path(shutil.copy(database, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logger that begins tells MLflow of its store, as Lightning's does, which sets the environment's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

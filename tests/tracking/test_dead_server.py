@@ -1,0 +1,224 @@
+"""A tracking server that dies, hangs or fails stops no training and delays none; what it missed it gets later."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from kd_lightning.tracking import MLFlowLogger
+from kd_lightning.tracking.delivery import Delivery
+from tests.tiny import loader, network, trainer
+from tests.tracking.servers import Server, failing, free_port, silent
+
+STEPS = 40
+LONGEST_WAIT = 1.0
+"""Seconds that a call of the logger may take from the training: the promise."""
+
+
+class Module(pl.LightningModule):
+    """Logs two values a step, and does something at one."""
+
+    def __init__(self, at: dict[int, Callable[[], object]] | None = None) -> None:
+        super().__init__()
+        self.network = network()
+        self.at = at or {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step in self.at:
+            self.at[self.global_step]()
+        loss = torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+        self.log_dict({"train/loss": loss, "train/step": float(self.global_step)})
+        self.logger.experiment.set_tag(self.logger.run_id, "step", str(self.global_step))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Timed(MLFlowLogger):
+    """Notes how long each call takes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.waits: list[float] = []
+
+    def log_metrics(self, *arguments: Any, **options: Any) -> None:
+        begun = time.monotonic()
+        super().log_metrics(*arguments, **options)
+        self.waits.append(time.monotonic() - begun)
+
+
+def fit(logger: MLFlowLogger, at: dict[int, Callable[[], object]] | None = None) -> pl.Trainer:
+    fitting = trainer(logger=logger, max_epochs=-1, max_steps=STEPS, log_every_n_steps=1)
+    with pytest.MonkeyPatch.context() as environment:  # a busy machine takes time for the first answer
+        environment.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        fitting.fit(Module(at), loader())
+    assert fitting.global_step == STEPS
+    return fitting
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def assert_complete(server: Server, logger: MLFlowLogger) -> None:
+    """Each value once, with its step, in order, at the time when it was logged; the run closed."""
+    client = MlflowClient(server.uri)
+    run = client.get_run(logger.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["step"] == str(STEPS - 1)
+    history = client.get_metric_history(logger.run_id, "train/step")
+    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(STEPS)]
+    assert len(client.get_metric_history(logger.run_id, "train/loss")) == STEPS
+    assert sorted(metric.timestamp for metric in history) == [metric.timestamp for metric in history]
+    assert history[-1].timestamp <= run.info.end_time
+
+
+@pytest.mark.integration
+def test_a_server_that_hangs_for_a_while_gets_everything(server: Server) -> None:
+    logger = Timed(tracking_uri=server.uri, run_name="pause", patience=60)
+    fit(logger, {10: lambda: server.send(signal.SIGSTOP), 30: lambda: server.send(signal.SIGCONT)})
+    assert max(logger.waits) < LONGEST_WAIT
+    assert_complete(server, logger)
+
+
+@pytest.mark.integration
+def test_a_server_that_is_killed_and_comes_back_gets_everything(server: Server, caplog) -> None:
+    def missed() -> None:
+        end = time.monotonic() + 20
+        while not caplog.records:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def back() -> None:
+        missed()
+        server.start()
+
+    logger = Timed(tracking_uri=server.uri, run_name="restart", patience=60)
+    with caplog.at_level(logging.WARNING, "kd_lightning"):
+        fit(logger, {10: server.kill, 30: back})
+    assert max(logger.waits) < LONGEST_WAIT
+    assert_complete(server, logger)
+    away, again = [record.getMessage() for record in caplog.records]
+    assert f"{server.uri} does not take what is logged (connection" in away
+    assert f"{server.uri} answers again" in again
+
+
+def test_a_run_that_was_made_but_not_told_is_not_made_twice(store: Path) -> None:
+    """The answer to the first attempt is lost; the second finds the run by its key."""
+    noted: list[str] = []
+    logger = MLFlowLogger(experiment_name="once", tracking_uri=f"sqlite:///{store}", run_name="once")
+    opening = logger._opening(None, {"a": "1"}, None)
+    client = MlflowClient(f"sqlite:///{store}")
+    first = opening(client, "waiting-1", False)
+    assert opening(client, "waiting-1", True).info.run_id == first.info.run_id
+    assert opening(client, "waiting-2", True).info.run_id != first.info.run_id
+    logger.begin_in_background(lambda run: True, {"a": "1"}, noted.append)
+    assert logger.delivery.flush()
+    key, run_id = noted
+    assert run_id == logger.run_id
+    assert client.get_run(run_id).data.params == {"a": "1"}
+    # A process that was killed before the answer came has noted the key alone.
+    again = MLFlowLogger(experiment_name="once", tracking_uri=f"sqlite:///{store}", run_id=key)
+    again.begin(lambda run: True)
+    assert again.run_id == run_id
+
+
+def test_killed_for_good_in_fit_stops_nothing_and_says_what_is_missing(server: Server, caplog) -> None:
+    def kill() -> None:
+        assert logger.delivery.flush()
+        server.kill()
+
+    logger = Timed(tracking_uri=server.uri, run_name="killed", patience=2)
+    with caplog.at_level(logging.WARNING, "kd_lightning"):
+        fit(logger, {10: kill})
+        ended = time.monotonic()
+    assert max(logger.waits) < LONGEST_WAIT
+    away, missing = [record.getMessage() for record in caplog.records]
+    assert "the training goes on" in away
+    steps = STEPS - 10  # with loss, step and epoch, and a tag; and the run's end
+    assert missing == (
+        f"{3 * steps} metric values and {steps + 1} other entries (runs, parameters, tags, files) were not delivered "
+        f"to {server.uri} (connection refused); the training itself is complete"
+    )
+    logger.log_metrics({"later": 1.0})  # and so does a call after that
+    assert time.monotonic() - ended < LONGEST_WAIT
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [("nothing", "connection refused"), ("silent", r"no answer within 4 s"), ("failing", "answers with error 500")],
+)
+def test_a_store_that_cannot_be_used_is_said_in_seconds_before_the_training(where: str, what: str) -> None:
+    with silent() as silent_uri, failing() as failing_uri:
+        uri = {"nothing": f"http://127.0.0.1:{free_port()}", "silent": silent_uri, "failing": failing_uri}[where]
+        logger = MLFlowLogger(tracking_uri=uri.replace("://", "://somebody:secret@"))
+        begun = time.monotonic()
+        with pytest.raises(
+            OSError, match=rf"the tracking store {uri.replace('://', '://[*]{3}@')} .*{what}.*logger=null"
+        ):
+            logger.log_metrics({"a": 1.0})
+        assert time.monotonic() - begun < 5 + LONGEST_WAIT
+
+
+def test_the_environments_own_bounds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with silent() as uri, pytest.raises(OSError, match="no answer"):
+        MLFlowLogger(tracking_uri=uri).begin()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_what_waits_is_bounded_and_the_rest_is_counted(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("kd_lightning.tracking.delivery._MOST_VALUES", 5)
+    delivery = Delivery(f"http://127.0.0.1:{free_port()}")
+    with caplog.at_level(logging.WARNING, "kd_lightning"):
+        for i in range(8):
+            delivery.metrics("run", [i])
+    assert not delivery.flush(patience=0.5, request=0.5)
+    assert delivery.undelivered().startswith("8 metric values were not delivered")
+    assert sum("further ones are left out" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_a_store_refuses_is_said_and_left_out(store: Path, caplog) -> None:
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{store}")
+    client = logger.experiment
+    with caplog.at_level(logging.WARNING, "kd_lightning"):
+        for i in range(3):
+            client.log_metric(logger.run_id, "good", float(i), step=i)
+            client.log_metric(logger.run_id, "n\0t a name?", float(i), step=i)
+        client.log_text(logger.run_id, "kept", "text.txt")
+        logger.finalize()
+    assert logger.delivery.undelivered().startswith("3 metric values were not delivered")
+    (said,) = caplog.records
+    assert "did not take something that was logged: Invalid value" in said.getMessage()
+    assert "\n" not in said.getMessage()
+    assert [metric.value for metric in client.get_metric_history(logger.run_id, "good")] == [0.0, 1.0, 2.0]
+    assert [file.path for file in client.list_artifacts(logger.run_id)] == ["text.txt"]
+
+
+def test_files_are_logged_as_they_were(store: Path, tmp_path: Path) -> None:
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{store}")
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "folder" / "a.txt"
+    file.write_text("before")
+    logger.experiment.log_artifact(logger.run_id, file, "files")
+    logger.experiment.log_artifacts(logger.run_id, tmp_path / "folder")
+    file.write_text("after")
+    file.unlink()
+    assert logger.delivery.flush()
+    for name in ("files/a.txt", "a.txt"):
+        assert Path(logger.experiment.download_artifacts(logger.run_id, name)).read_text() == "before"
