@@ -75,7 +75,7 @@ class Divergence:
         """Look at the weights, before they are saved or used."""
         if self._found:  # an exception is on its way, on which a checkpoint may be saved
             return
-        bad = not_finite(student)
+        bad = not_finite(student, buffers=True)
         if bad:
             self._found = True
             raise FloatingPointError(f"the training has diverged: {bad}, expected finite ones: {_RATE}")
@@ -118,10 +118,15 @@ def describe(parts: Iterable[Part]) -> str:
 
 
 @torch.no_grad()
-def not_finite(network: nn.Module, name: str = "student") -> str | None:
-    """Name the weights that are not finite, None where all are; buffers may be infinite, as masks are, but not NaN."""
+def not_finite(network: nn.Module, name: str = "student", buffers: bool = False) -> str | None:
+    """Name the weights that are not finite, None where all are.
+
+    Buffers, which a forward pass may have spoiled in this very step, are looked at where that is asked. They may be
+    infinite, as masks are, but not NaN.
+    """
     found = {weight: p.isfinite().all() for weight, p in network.named_parameters() if p.is_floating_point()}
-    found |= {weight: ~x.isnan().any() for weight, x in network.named_buffers() if x.is_floating_point()}
+    if buffers:
+        found |= {weight: ~x.isnan().any() for weight, x in network.named_buffers() if x.is_floating_point()}
     if not found or bool(torch.stack([x.to(next(iter(found.values())).device) for x in found.values()]).all()):
         return None
     bad = [weight for weight, fine in found.items() if not fine]

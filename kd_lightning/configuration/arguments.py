@@ -51,7 +51,9 @@ def in_a_line(error: BaseException) -> str:
         message += f": {error.filename}"
     if len(message) > _LONGEST:
         message = f"{message[:_LONGEST]} ..."
-    expected = isinstance(error, ValueError | TypeError | OSError | ImportError | NotImplementedError)
+    expected = isinstance(
+        error, ValueError | TypeError | OSError | ImportError | NotImplementedError | FloatingPointError
+    )
     if expected or type(error).__name__ == "MisconfigurationException":
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (HYDRA_FULL_ERROR=1 shows where)"
