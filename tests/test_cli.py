@@ -39,6 +39,37 @@ def test_a_typo_is_answered_with_what_is_there(tmp_path: Path, argument: str, an
     assert not list(tmp_path.iterdir())
 
 
+def test_a_torchvision_that_does_not_import_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    printed = kd_lightning_anew("--help", cwd=tmp_path, code=1, PYTHONPATH=path)
+    assert printed.startswith(
+        "kd-lightning: Lightning cannot be imported, as the installed torchvision cannot (operator"
+    )
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            "work_dir=/data/größe",
+            """work_dir=/data/größe: expected path=value in Hydra's grammar: quote a value with""",
+        ),
+        ("optimizer=null", "optimizer=null: expected an option of optimizer: the options here are adam, adamw, sgd"),
+        ("=3", "=3: expected path=value, got no path"),
+        ("logger.experiment_name=", "logger.experiment_name=: expected experiment_name to be a name, got ''"),
+    ],
+)
+def test_what_hydra_or_mlflow_refuses_is_one_line(tmp_path: Path, argument: str, said: str) -> None:
+    printed = kd_lightning(argument, cwd=tmp_path, code=1)
+    assert printed.startswith(f"kd-lightning: {said}")
+    assert printed.count("\n") == 1
+
+
 def test_a_loss_of_ones_own_is_the_readmes_file_yaml_and_command(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     section = README.partition("### Your own loss")[2].partition("\n## ")[0]

@@ -68,18 +68,23 @@ def check_optimizer(recipe: Recipe, module: DistillationModule, steps: float) ->
         for _ in range(int(steps) if math.isfinite(steps) else 100):
             scheduler.step()
             rates.append(_rates(optimizer))
-        _check_rates(rates)
+        negative = {name: x for name, x in (recipe.config.get("scheduler") or {}).items() if _is_negative(x)}
+        _check_rates(rates, "".join(f", with {name}={x}" for name, x in negative.items()))
+
+
+def _is_negative(value: object) -> bool:
+    return isinstance(value, int | float) and value < 0
 
 
 def _rates(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _check_rates(rates: list[list[float]]) -> None:
+def _check_rates(rates: list[list[float]], why: str = "") -> None:
     every = [rate for of_groups in rates for rate in of_groups]
     if not all(map(math.isfinite, every)) or min(every) < 0:
         got = next((rate for rate in every if not math.isfinite(rate)), min(every))
-        raise ValueError(f"expected a learning rate of 0 or more, finite, got {got:g} in some step")
+        raise ValueError(f"expected a learning rate of 0 or more, finite, got {got:g} in some step{why}")
     if not max(every) > 0:
         raise ValueError("expected lr above 0, got 0 in every step: nothing would be trained")
 

@@ -40,8 +40,8 @@ class RuntimeTeacher(TeacherSource):
 
     Raises:
         ImportError: Where a package is missing.
-        ValueError: For an unknown runtime or precision, a checkpoint of another network, layers that it was not asked
-            to give; and once it is quantised, for a divergence of more than ``max_kl``.
+        ValueError: For an unknown runtime or precision, a number out of range, a checkpoint of another network, layers
+            that it was not asked to give; and once it is quantised, for a divergence of more than ``max_kl``.
     """
 
     network: nn.Module
@@ -59,6 +59,10 @@ class RuntimeTeacher(TeacherSource):
         check_runtime(runtime)
         if precision not in ("int8", "float32"):
             raise ValueError(f"expected precision to be int8 or float32, got {precision!r}")
+        if calibration_samples < 1:
+            raise ValueError(f"expected calibration_samples of 1 or more, got {calibration_samples}")
+        if not max_kl >= 0:
+            raise ValueError(f"expected max_kl of 0 or more, got {max_kl}")
         self.network, self.runtime, self.precision, self.layers = network, runtime, precision, tuple(layers)
         self.calibration_samples, self.max_kl = calibration_samples, max_kl
         if checkpoint is not None:

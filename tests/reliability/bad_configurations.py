@@ -9,14 +9,18 @@ configurations that these differ from, which have to begin.
 """
 
 import argparse
+import os
 import random
 import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from queue import Queue
 from typing import NamedTuple
 
 import hydra
@@ -67,7 +71,7 @@ ON_LOGITS = (
 ON_VECTORS = ("cc", "crd", "pkt", "rkd", "sp")
 
 
-def _valid() -> Iterator[tuple[tuple[str, ...], str]]:
+def valid() -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield valid command lines, and below which path each differs from the default; that is the first."""
     yield (), ""
     for loss in ON_LOGITS:
@@ -183,11 +187,11 @@ def bad_configurations() -> list[Bad]:
     """Return all that follow from the configuration, each once, in a fixed order."""
     found: dict[tuple[str, ...], Bad] = {}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        for valid, below in _valid():
-            config = OmegaConf.to_container(hydra.compose("config", list(valid)), resolve=True)
+        for base, below in valid():
+            config = OmegaConf.to_container(hydra.compose("config", list(base)), resolve=True)
             for path, value in _leaves(config):
                 if path.startswith(below):
-                    for bad in _of_leaf(valid, path, value):
+                    for bad in _of_leaf(base, path, value):
                         found.setdefault(bad.arguments, bad)
     for bad in (*_of_groups(), *_of_grammar(), *_contradictions()):
         found.setdefault(bad.arguments, bad)
@@ -205,28 +209,40 @@ def sample(count: int, seed: int) -> list[Bad]:
     return ([*first, *rest] if count >= len(first) else draw.sample(every, count))[:count]
 
 
-def answers(cases: Iterable[tuple[str, ...]], folder: Path, seconds: float = 120) -> Iterator[Answer]:
+def answers(cases: Sequence[tuple[str, ...]], folder: Path, jobs: int = 1) -> Iterator[Answer]:
     """Run command lines, each in an empty folder; one whose first stage begins is ended."""
-    with Preloaded() as preloaded:
-        for i, arguments in enumerate(cases):
-            own = folder / f"{i}"
-            own.mkdir()
-            logged = any(argument.lstrip("+~").startswith(("logger", "tracking")) for argument in arguments)
-            start = time.monotonic()
-            command = preloaded.start(
-                *arguments, *([] if logged else ["logger=null"]), cwd=own, output=own.with_suffix(".txt")
-            )
-            while command.poll() is None and not _began(own) and time.monotonic() - start < seconds:
-                time.sleep(0.02)
-            taken = time.monotonic() - start
-            if command.code is None:
-                command.kill()
-                while command.poll() is None:
-                    time.sleep(0.02)
-                yield Answer(BEGAN if _began(own) else "no end", None, taken, command.printed())
-            else:
-                outcome = BEGAN if _began(own) else _outcome(command.code, command.printed())
-                yield Answer(outcome, command.code, taken, command.printed())
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        free: Queue[Preloaded] = Queue()
+        for _ in range(jobs):
+            free.put(stack.enter_context(Preloaded()))
+
+        def answer(numbered: tuple[int, tuple[str, ...]]) -> Answer:
+            preloaded = free.get()
+            try:
+                return _answer(preloaded, numbered[1], folder / f"{numbered[0]}")
+            finally:
+                free.put(preloaded)
+
+        yield from pool.map(answer, enumerate(cases))
+
+
+def _answer(preloaded: Preloaded, arguments: tuple[str, ...], folder: Path, seconds: float = 120) -> Answer:
+    folder.mkdir()
+    logged = any(argument.lstrip("+~").startswith(("logger", "tracking")) for argument in arguments)
+    start = time.monotonic()
+    every = [*arguments, *([] if logged else ["logger=null"])]
+    command = preloaded.start(*every, cwd=folder, output=folder.with_suffix(".txt"))
+    while command.poll() is None and not _began(folder) and time.monotonic() - start < seconds:
+        time.sleep(0.02)
+    taken, ended = time.monotonic() - start, command.code is not None
+    if not ended:
+        command.kill()
+        while command.poll() is None:
+            time.sleep(0.02)
+    printed = command.printed()
+    if _began(folder):
+        return Answer(BEGAN, None, taken, printed)
+    return Answer(_outcome(command.code, printed) if ended else "no end", command.code, taken, printed)
 
 
 def _began(folder: Path) -> bool:
@@ -234,7 +250,7 @@ def _began(folder: Path) -> bool:
     return any(path.is_dir() for path in folder.glob("**/*-s[0-9]*-????????????"))
 
 
-def _outcome(code: int, printed: str) -> str:
+def _outcome(code: int | None, printed: str) -> str:
     if "Traceback (most recent call last)" in printed:
         return "traceback"
     if code == 0:
@@ -260,7 +276,8 @@ def _says(line: str, path: str) -> bool:
 def _says_apart(line: str, path: str) -> bool:
     """Tell whether the line names the part, and somewhere in it the argument: of two that do not fit, say."""
     part, _, name = path.rpartition(".")
-    return bool(part) and _says(line, part) and re.search(rf"\b{re.escape(name)}\b", line) is not None
+    word = re.escape(name).replace("_", "[_ ]")
+    return bool(part) and _says(line, part) and re.search(rf"\b{word}\b", line) is not None
 
 
 def main() -> None:
@@ -268,18 +285,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--valid", action="store_true", help="run the valid configurations instead")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.valid:
-            valid = [arguments for arguments, _ in _valid()]
-            for arguments, answer in zip(valid, answers(valid, Path(folder)), strict=True):
+            cases = [arguments for arguments, _ in valid()]
+            for arguments, answer in zip(cases, answers(cases, Path(folder), options.jobs), strict=True):
                 print(f"{answer.outcome:16} {answer.seconds:4.1f} s  {' '.join(arguments)}", flush=True)
                 if answer.outcome != BEGAN:
                     print(f"    {answer.printed}", flush=True)
             return
         cases = sample(options.count, options.seed)
         counts, times = Counter[str](), []
-        for bad, answer in zip(cases, answers((bad.arguments for bad in cases), Path(folder)), strict=True):
+        found = answers([bad.arguments for bad in cases], Path(folder), options.jobs)
+        for bad, answer in zip(cases, found, strict=True):
             outcome = judged(bad, answer)
             counts[outcome] += 1
             times.append(answer.seconds)
