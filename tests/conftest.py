@@ -1,11 +1,13 @@
 import json
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, here, in the workers and in the commands that tests start: with more processes than cores,
 # OpenMP's threads mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test reports to the server of whoever runs it.
+# No test reports to the server of whoever runs it, or to the makers of the runtimes.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
 os.environ.pop("MLFLOW_RUN_ID", None)
@@ -26,6 +28,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if cores > 1 else 0
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """No test finds another's graphs: after eight of one ``forward``, PyTorch compiles it no more."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from kd_lightning.export.formats import require
+from kd_lightning.export.sessions import leave_to_this_process
 
 _INTEGER = frozenset(
     {
@@ -51,6 +52,7 @@ def integer_operators(path: str | PathLike[str]) -> IntegerOperators:
     import onnx
     import onnxruntime
 
+    leave_to_this_process()
     with TemporaryDirectory() as folder:
         settings = onnxruntime.SessionOptions()
         settings.optimized_model_filepath = str(Path(folder, "optimized.onnx"))

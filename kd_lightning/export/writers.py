@@ -14,7 +14,7 @@ from kd_lightning.export.files import write
 from kd_lightning.export.integer_operators import integer_operators
 from kd_lightning.export.onnx_files import onnx_content
 from kd_lightning.export.openvino_files import openvino_contents
-from kd_lightning.export.sessions import Session, open_session
+from kd_lightning.export.sessions import Session, open_session, openvino_core
 from kd_lightning.export.torch_files import state_dict_content, torch_export_content
 from kd_lightning.outputs import run
 from kd_lightning.quantization import spec_of
@@ -70,12 +70,10 @@ def _onnx(job: Job) -> Written:
 
 
 def _openvino(job: Job) -> Written:
-    import openvino
-
     contents, layers = openvino_contents(job.network, job.batch, job.precision, job.metadata, job.path.name)
     for name, content in contents.items():
         write(job.file.with_name(name), content, job.path.with_name(name))
-    found = openvino.Core().read_model(str(job.file)).get_ops()
+    found = openvino_core().read_model(str(job.file)).get_ops()
     plumbing = ("Constant", "Parameter", "Result")
     operators = Counter(op.get_type_name() for op in found if op.get_type_name() not in plumbing)
     return Written(open_session(job.file, "openvino"), operators, layers)

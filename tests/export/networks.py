@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.export.sessions import openvino_core
 from kd_lightning.models import CNN8, CIFARResNet
 from kd_lightning.quantization import QuantizationSpec, calibrate, prepare
 
@@ -42,9 +43,7 @@ def outputs(path: Path, inputs: Tensor) -> Tensor:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return torch.from_numpy(session.run(["logits"], {"input": inputs.numpy()})[0])
     if path.suffix == ".xml":
-        import openvino
-
         # Where the processor has 16-bit floats, it would take these.
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return torch.from_numpy(compiled({"input": inputs.numpy()})["logits"])
     return torch.export.load(path).module()(inputs)[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd_lightning import load_student
 from kd_lightning.export import ExportReport, export
 from kd_lightning.export.formats import FORMATS
+from kd_lightning.export.sessions import openvino_core
 from kd_lightning.models import CNN8
 from tests.export.networks import images, outputs, quantized, resnet, seeded
 from tests.tiny import distillation, loader, network, samples, trainer
@@ -84,7 +85,7 @@ def test_float16_takes_half_the_room(reports, format) -> None:
 
 def test_metadata_is_inside_the_file(reports) -> None:
     path = {format: reports[format, "float32"].path for format in FORMATS}
-    rt_info = openvino.Core().read_model(path["openvino"]).get_rt_info()["kd_lightning"]
+    rt_info = openvino_core().read_model(path["openvino"]).get_rt_info()["kd_lightning"]
     extra = {"metadata.json": ""}
     torch.export.load(path["torch_export"], extra_files=extra)
     with safetensors.safe_open(path["state_dict"], "pt") as file:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.export import export, integer_operators
+from kd_lightning.export.sessions import openvino_core
 from kd_lightning.models import CNN8, MLP32
 from tests.export.networks import images, outputs, quantized, resnet, seeded
 
@@ -29,7 +30,7 @@ def stored(path: Path) -> Counter[str]:
         weights = [x for x in onnx.load(path).graph.initializer if len(x.dims) > 1]
         sizes = [(onnx.TensorProto.DataType.Name(x.data_type).lower(), x.dims) for x in weights]
     else:
-        constants = [op for op in openvino.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+        constants = [op for op in openvino_core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
         weights = [(op.get_element_type().get_type_name(), op.get_output_shape(0)) for op in constants]
         sizes = [("int" + kind[1:] if kind in ("i4", "i8") else kind, s) for kind, s in weights if len(s) > 1]
     total: Counter[str] = Counter()
@@ -41,7 +42,7 @@ def stored(path: Path) -> Counter[str]:
 def metadata(path: Path) -> dict[str, str]:
     if path.suffix == ".onnx":
         return {prop.key: prop.value for prop in onnx.load(path).metadata_props}
-    said = openvino.Core().read_model(path).get_rt_info()["kd_lightning"]
+    said = openvino_core().read_model(path).get_rt_info()["kd_lightning"]
     return {key: value.value for key, value in said.items()}
 
 
