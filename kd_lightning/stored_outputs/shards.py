@@ -169,15 +169,17 @@ class ShardReader:
 
 
 def record_of(store: Store, manifest: Manifest, shard: int) -> dict[str, Any] | None:
-    """Return a shard's checksums and tally; None unless all its files are there, in their full length.
-
-    None as well for a record that is damaged, or of other outputs.
-    """
-    text = store.read_text(record_name(shard))
+    """Return a shard's checksums and tally; None unless all its files are there, in their full length."""
     sizes = {name: store.size(file_name(shard, name)) for name in manifest.arrays}
-    if text is None or any(size != file_size(manifest, shard, name) for name, size in sizes.items()):
+    if any(size != file_size(manifest, shard, name) for name, size in sizes.items()):
         return None
-    return _unsealed(text, manifest)
+    return read_record(store, manifest, shard)
+
+
+def read_record(store: Store, manifest: Manifest, shard: int) -> dict[str, Any] | None:
+    """Return what was written with a shard; None where that is missing, damaged, or of other outputs."""
+    text = store.read_text(record_name(shard))
+    return _unsealed(text, manifest) if text is not None else None
 
 
 def damages(
@@ -203,17 +205,16 @@ def damages(
     def problem(shard: int, name: str) -> str | None:
         file, checksum = file_name(shard, name), checksums[shard][name]
         path = store.path(file, checksum)
-        if store.remote and not path.exists():
+        if not path.exists():
+            return None if store.remote else f"{file} in {store} is missing"
+        size, expected = path.stat().st_size, file_size(manifest, shard, name)
+        if size == expected and read(path) == checksum:
             return None
-        try:
-            path = store.file(file, file_size(manifest, shard, name), checksum)
-            if read(path) == checksum:
-                return None
-        except ValueError as error:
-            return str(error)
         if store.remote:
             path.unlink()  # the copy, which is downloaded again
             return None
+        if size != expected:
+            return f"{file} in {store} is torn: expected {expected:,} bytes, got {size:,}"
         return f"{file} in {store} has other bytes than were written, by its checksum"
 
     found: dict[int, list[str]] = {}

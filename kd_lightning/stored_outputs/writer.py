@@ -21,7 +21,7 @@ from kd_lightning.stored_outputs.layout import MANIFEST, Array, Manifest, read_m
 from kd_lightning.stored_outputs.manifest import check, fingerprint
 from kd_lightning.stored_outputs.progress import Progress, errors_of, summary
 from kd_lightning.stored_outputs.replay import ReplayedViews
-from kd_lightning.stored_outputs.shards import ShardWriter, checksum_once, damages, record_of
+from kd_lightning.stored_outputs.shards import ShardWriter, checksum_once, damages, read_record, record_of
 from kd_lightning.stored_outputs.store import Store, locked
 from kd_lightning.tasks import Classification
 from kd_lightning.teachers import Teacher, TeacherSource
@@ -139,13 +139,18 @@ def _manifest_or_none(store: Store) -> Manifest | None:
 
 def _unwritten(store: Store, manifest: Manifest, shards: Iterable[int]) -> list[int]:
     """Return which shards are not there, or damaged; says which files are."""
-    records = {shard: record_of(store, manifest, shard) for shard in shards}
+    if store.remote:  # where no file is read, but for its length
+        return [shard for shard in shards if record_of(store, manifest, shard) is None]
+    records = {shard: read_record(store, manifest, shard) for shard in shards}
     checksums = {shard: record["checksums"] for shard, record in records.items() if record is not None}
-    found = damages(store, manifest, {} if store.remote else checksums, checksum_once)
+    found = damages(store, manifest, checksums, checksum_once)
+    for shard, record in records.items():
+        if record is None and store.size(record_name(shard)) is not None:
+            found[shard] = [f"{record_name(shard)} in {store} is damaged, or of other outputs"]
     for shard, texts in found.items():
         print(f"{'; '.join(texts)}: written anew", flush=True)
         store.remove(record_name(shard))
-    return [shard for shard in records if shard in found or records[shard] is None]
+    return [shard for shard, record in records.items() if record is None or shard in found]
 
 
 class _Run:

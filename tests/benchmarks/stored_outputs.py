@@ -1,6 +1,6 @@
 """What stored teacher outputs cost to read, to write and to keep: python tests/benchmarks/stored_outputs.py [part ...].
 
-Parts: read, formats, replay, growth, step; all of them unless named. Files are in a temporary folder and in the
+Parts: read, check, formats, replay, growth, step; all of them unless named. Files are in a temporary folder and in the
 system's cache. Ratios are medians of rounds that alternate in one process, with the lowest and the highest.
 """
 
@@ -26,7 +26,7 @@ from kd_lightning.data.in_memory import CropAndFlip, InMemory
 from kd_lightning.data.loaders import View, shuffled
 from kd_lightning.losses import KD, HardLabel
 from kd_lightning.models import resnet8x4
-from kd_lightning.stored_outputs import StoredOutputs, store_outputs
+from kd_lightning.stored_outputs import StoredOutputs, store_outputs, verify
 from kd_lightning.stored_outputs.formats import find_format, kl_errors
 from kd_lightning.stored_outputs.replay import ReplayedViews
 from kd_lightning.stored_outputs.shards import ShardReader
@@ -125,6 +125,20 @@ def read(folder: Path) -> None:
                     times = f"{a / 64 * 1e6:5.1f} / {b / 64 * 1e6:4.1f} µs"
                     what = f"{BATCH} × {classes:<5} {name:8} {title} / {dtype.__name__} memmap"
                     print(f"  {what}  {ratio}  {times}", flush=True)
+
+
+def check(folder: Path) -> None:
+    """How fast the checksums of all files are compared, which an opening does once a process."""
+    quietly(
+        nn.Identity(), Logits(300_000, 1000), folder / "checked", format="uint8", batch_size=4096, shard_bytes=2**26
+    )
+    gigabytes, rates = sum(file.stat().st_size for file in (folder / "checked").rglob("*.npy")) / 1e9, []
+    for _ in range(5):
+        busy, start = time.process_time(), time.perf_counter()
+        verify(folder / "checked")
+        rates.append((gigabytes / (time.perf_counter() - start), gigabytes / (time.process_time() - busy)))
+    wall, cpu = (max(column) for column in zip(*rates, strict=True))
+    print(f"check: {gigabytes:.2f} GB at {wall:.2f} GB/s, {cpu:.2f} GB for each second of a core")
 
 
 def formats(_: Path) -> None:
@@ -297,7 +311,7 @@ def step(folder: Path, rounds: int = 5, steps: int = 50, batch: int = 16) -> Non
     )
 
 
-PARTS = {"read": read, "formats": formats, "replay": replay, "growth": growth, "step": step}
+PARTS = {"read": read, "check": check, "formats": formats, "replay": replay, "growth": growth, "step": step}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
