@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,7 @@ class Pipeline:
         if stage.reused:
             tracking.reused(recipe.name, tags, recipe.config, stage.folder.run_id, stage.folder.remember)
         run_id = tracking.runs.get(recipe.name)
+        stage = replace(stage, run_id=run_id)  # variants may share a name
         if not stage.reused:
             tracking.artifact(run_id, stage.folder.weights)
             if recipe.quantizing is not None:
@@ -231,7 +232,7 @@ class Pipeline:
         write_verdict(verdict, path)
         for stage in finished:
             values = _speed(latency[stage.result.label]) | {"final/file_mb": files_mb.get(stage.result.label)}
-            tracking.metrics(tracking.runs.get(stage.recipe.name), values)
+            tracking.metrics(stage.run_id, values)
         for label, model in verdict.models.items():
             of_model = {"acc": model.accuracy, "acc_sd": model.sd, "retention": model.retention}
             of_model |= {"gap_closed": model.gap_closed.mean if model.gap_closed else None}

@@ -172,6 +172,8 @@ class Finished:
     reused: bool
     architecture: Callable[[], nn.Module]
     """Makes the network as it was trained: the recipe's, but for a loss that changes the student's architecture."""
+    run_id: str | None = None
+    """The tracking run to which this command logs it."""
 
     def network(self) -> nn.Module:
         """Make the trained network anew, on the CPU."""

@@ -110,6 +110,8 @@ def test_an_assistant_is_taught_by_the_teacher_and_teaches_the_student(finished,
     assert assistant.data.metrics["final/agreement"] > 0.5  # with the teacher, whose images and soft targets it learnt
     direct, indirect = [run for run in children if run.data.tags["kd.role"] == "distilled"][-2:]
     assert direct.data.metrics["final/teacher_entropy"] != indirect.data.metrics["final/teacher_entropy"]
+    for run in (direct, indirect):  # of the same name
+        assert "final/latency_ms_p50" in run.data.metrics
 
 
 def test_an_assistant_that_nobody_teaches_is_another_teacher(finished, tmp_path: Path) -> None:
