@@ -102,7 +102,7 @@ class Pipeline:
         if is_rank_zero():
             for left in (self.work_dir, *self.work_dir.glob("*/")):
                 remove_leftovers(left)
-        check_writable(self.work_dir)
+        check_writable(self.work_dir, name="work_dir")
         check_recipes(self._recipes(), self.quantized, self.recall_classes)
         for recipe in self._recipes():
             code_of(recipe)  # is read now, ahead of edits during the training: what was imported is what runs

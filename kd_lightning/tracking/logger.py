@@ -217,8 +217,13 @@ def _with_safe_names(params: Any) -> Any:
     return {safe_name(str(key)): _with_safe_names(value) for key, value in params.items()}
 
 
-def check_writable(folder: Path, megabytes: int = 64) -> None:
+def check_writable(folder: Path, megabytes: int = 64, name: str = "") -> None:
     """Create the folder and write ``megabytes`` to it, as a full disk shows only then.
+
+    Args:
+        folder: Any.
+        megabytes: How much.
+        name: What the user calls the folder, for the error.
 
     Raises:
         OSError: With the folder and what to do.
@@ -233,10 +238,11 @@ def check_writable(folder: Path, megabytes: int = 64) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        where = f"{name}: " if name else ""
         raise OSError(
             error.errno,
-            f"cannot write {megabytes} MB to {folder.absolute()} ({error.strerror}), expected room for checkpoints and "
-            "the tracking store: free some, or change to another working directory",
+            f"{where}cannot write {megabytes} MB to {folder.absolute()} ({error.strerror}), expected room for "
+            "checkpoints and the tracking store: free some, or change to another working directory",
         ) from error
     finally:
         with suppress(OSError):  # the folder's own error tells more
