@@ -23,4 +23,5 @@ def store(database: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A logger that begins tells MLflow of its store, as Lightning's does, which sets the environment's."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what the test sets goes with it
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")

@@ -37,6 +37,8 @@ class Module(pl.LightningModule):
         loss = torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
         self.log_dict({"train/loss": loss, "train/step": float(self.global_step)})
         self.logger.experiment.set_tag(self.logger.run_id, "step", str(self.global_step))
+        if self.global_step == STEPS // 2:
+            self.logger.experiment.log_text(self.logger.run_id, "half", "half.txt")
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -79,6 +81,7 @@ def assert_complete(server: Server, logger: MLFlowLogger) -> None:
     run = client.get_run(logger.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["step"] == str(STEPS - 1)
+    assert [file.path for file in client.list_artifacts(logger.run_id)] == ["half.txt"]
     history = client.get_metric_history(logger.run_id, "train/step")
     assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(STEPS)]
     assert len(client.get_metric_history(logger.run_id, "train/loss")) == STEPS
@@ -148,9 +151,9 @@ def test_killed_for_good_in_fit_stops_nothing_and_says_what_is_missing(server: S
     assert max(logger.waits) < LONGEST_WAIT
     away, missing = [record.getMessage() for record in caplog.records]
     assert "the training goes on" in away
-    steps = STEPS - 10  # with loss, step and epoch, and a tag; and the run's end
+    steps = STEPS - 10  # with loss, step and epoch, and a tag; and a file, and the run's end
     assert missing == (
-        f"{3 * steps} metric values and {steps + 1} other entries (runs, parameters, tags, files) were not delivered "
+        f"{3 * steps} metric values and {steps + 2} other entries (runs, parameters, tags, files) were not delivered "
         f"to {server.uri} (connection refused); the training itself is complete"
     )
     logger.log_metrics({"later": 1.0})  # and so does a call after that
