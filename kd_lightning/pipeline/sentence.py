@@ -35,7 +35,8 @@ def sentence(
         parts.append(f"Recall on {name!r}: {recalls}")
     open_question = _why_not_decided(models, key, figures, gain, seeds)
     if open_question is not None:
-        return None, ". ".join([open_question, *parts]) + "."
+        chosen = [f"Distilled is here {key!r}, of {variants} the best on the validation images"] * (variants > 1)
+        return None, ". ".join([open_question, *chosen, *parts]) + "."
     if gain.low > 0:
         worth_it = True
         text = f"Worth it: {who} is {stated(gain)} better than the student alone ({figures})"

@@ -4,6 +4,7 @@ An import takes some six seconds, a fork a hundredth of one. The parent imports,
 no thread that a child would miss; what a child does is what ``python -m kd_lightning`` does from there on.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -35,7 +36,7 @@ class Command:
             self.code = self.parent.ask({"poll": self.pid})["code"]
         return self.code
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         end = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > end:
@@ -44,7 +45,7 @@ class Command:
             time.sleep(0.02)
         return code
 
-    def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> bool:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 600) -> bool:
         """Return whether the condition came true before the command ended."""
         end = time.monotonic() + seconds
         while not condition():
@@ -113,7 +114,7 @@ class Preloaded:
         cwd: Path,
         output: Path,
         code: int = 0,
-        seconds: float = 120,
+        seconds: float = 600,
         **environment: str | None,
     ) -> str:
         """Return what it printed; it has to end with ``code``."""
@@ -167,6 +168,8 @@ def _serve() -> None:
 
 def _be_command(request: dict[str, object], main: Callable[[], None]) -> None:
     os.setsid()
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: a command does not outlive the tests
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     output = os.open(str(request["output"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
