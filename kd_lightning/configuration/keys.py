@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, get_type_hints
 
-from kd_lightning.configuration.arguments import ConfigurationError, check_value
+from kd_lightning.configuration.arguments import ConfigurationError, check_value, errors_at
+from kd_lightning.stored_outputs.formats import find_format
 
 STAGES = ("teacher", "assistants", "store_outputs", "student", "control", "distilled", "quantized", "verdict")
 
@@ -107,6 +108,11 @@ def check_keys(config: Mapping[str, Any], written: str) -> None:
     for name in ("work_dir", "taught_by"):
         if not config[name]:
             raise ConfigurationError(f"{name}='': expected a {'folder' if name == 'work_dir' else 'name'}, got nothing")
+    stored = config["stored_outputs"]
+    if stored["views"] < 1:
+        raise ConfigurationError(f"stored_outputs.views={stored['views']}: expected 1 or more of each sample")
+    with errors_at("stored_outputs", arguments=stored):
+        find_format(stored["format"])
     if any(number < 0 for number in config["recall_classes"]):
         raise ConfigurationError(f"recall_classes={_list(config['recall_classes'])}: expected classes from 0")
 

@@ -165,8 +165,6 @@ def _check_evaluation(module: DistillationModule, batches: Sequence[Batch]) -> i
 
 
 def _check_stored(stored: Mapping[str, Any], objective: DistillationObjective, classes: int) -> None:
-    if stored["views"] < 1:
-        raise ValueError(f"expected views of 1 or more, got {stored['views']}")
     format = find_format(stored["format"])
     format.width(classes)
     losses = objective.named_losses().items()

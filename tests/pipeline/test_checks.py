@@ -103,8 +103,8 @@ def refusal(*arguments: str) -> str:
         (["data.labelled=-5"], "data.labelled=-5: expected labelled of 0 or more"),
         (["data.split_seed=-1"], "data.split_seed=-1: expected split_seed of 0 or more"),
         (["recall_classes=[99]"], "recall_classes: expected classes from 0 to 9, got 99"),
-        (["stored_outputs.format=float8", *STORED], "stored_outputs.format=float8: expected format float16, uint8"),
-        (["stored_outputs.views=0", *STORED], "stored_outputs.views=0: expected views of 1 or more"),
+        (["stored_outputs.format=float8"], "stored_outputs.format=float8: expected format float16, uint8"),
+        (["stored_outputs.views=0"], "stored_outputs.views=0: expected 1 or more of each sample"),
         (["stored_outputs.format=top3", "losses=[dkd]", *STORED], r"stored_outputs.format=top3: losses \['dkd'\]"),
         (
             ["callbacks=[temperature_schedule]", "callbacks.temperature_schedule.schedule.end=-1"],
