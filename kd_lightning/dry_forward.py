@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from kd_lightning.lookahead import untouched_rng
+from kd_lightning.first_batches import untouched_rng
 from kd_lightning.outputs import Outputs, nearest_layers, run
 
 

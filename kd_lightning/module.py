@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
 from kd_lightning.divergence import Divergence, parts_of
-from kd_lightning.lookahead import training_batches, training_loader
+from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kd_lightning.divergence import Divergence, Part, parts_of
 from kd_lightning.dry_forward import dry_forward
-from kd_lightning.lookahead import training_batches
+from kd_lightning.first_batches import training_batches
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.module import configured
 from kd_lightning.objective import DistillationObjective

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.divergence import Divergence, parts_of
-from kd_lightning.lookahead import training_batches, training_loader
+from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import Outputs
@@ -38,14 +38,14 @@ from kd_lightning.preflight import (
     samples_needed,
     warn_of_missing_classes,
 )
+from kd_lightning.rehearsal import AsInTraining, Rehearsal, few
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
-from kd_lightning.tap import Seen, Tap
+from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.tasks.classification import as_indices
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
-from kd_lightning.trial import AsInTraining, Trial, few
 
 _CHILD = "distillation"
 
@@ -109,9 +109,9 @@ class Distillation(Callback):
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self._task = _Reading(teacher_inputs, target, labels_needed, self._unwrapped)
-        self._tap = Tap(student, logits, inputs=teacher_inputs is None)
+        self._calls = StudentCalls(student, logits, inputs=teacher_inputs is None)
         self._undo = ExitStack()
-        self._trial: Trial | None = None
+        self._rehearsal: Rehearsal | None = None
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
         self._teacher_accuracy_logged = False
@@ -139,8 +139,8 @@ class Distillation(Callback):
         _check_module(pl_module)
         self._teacher_accuracy_logged = False
         self._divergence = Divergence()
-        self._trial = Trial(pl_module, trainer, self._tap)
-        self._preflight(pl_module, self._trial)
+        self._rehearsal = Rehearsal(pl_module, trainer, self._calls)
+        self._preflight(pl_module, self._rehearsal)
         _check_averaging(trainer, self)
 
         # Part of the module before configure_optimizers, so that self.parameters() has the projectors, DDP reduces
@@ -158,11 +158,11 @@ class Distillation(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         begin_with_next_epoch(trainer, checkpoint)
-        if self._trial is not None:
-            self.teacher.prepare(self._tap.student_of(pl_module))  # ahead of its state, which comes next
+        if self._rehearsal is not None:
+            self.teacher.prepare(self._calls.student_of(pl_module))  # ahead of its state, which comes next
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._trial is None:
+        if self._rehearsal is None:
             return  # validate and test need nothing of it
         problem = mismatch(self.objective, state_dict["losses"])
         if problem:
@@ -174,10 +174,10 @@ class Distillation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.teacher.scheduled:
             check_length_is_known(trainer)
-        self.teacher.prepare(self._tap.student_of(pl_module))
+        self.teacher.prepare(self._calls.student_of(pl_module))
         self._place_teacher(pl_module)
-        self.teacher.start(self._tap.student_of(pl_module))
-        self.objective.attach(self._tap.student_of(pl_module), self.teacher.network)
+        self.teacher.start(self._calls.student_of(pl_module))
+        self.objective.attach(self._calls.student_of(pl_module), self.teacher.network)
         optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in optimized]
         if missing:
@@ -187,13 +187,15 @@ class Distillation(Callback):
                 "without projectors"
             )
         if trainer.optimizers and type(trainer.strategy).__name__ != "DeepSpeedStrategy":  # whose hold copies
-            check_optimizer(trainer.optimizers, dict(self._tap.student_of(pl_module).named_parameters()))
-        assert self._trial is not None
+            check_optimizer(trainer.optimizers, dict(self._calls.student_of(pl_module).named_parameters()))
+        assert self._rehearsal is not None
         if self.check_teacher:
-            self._trial.module.to(pl_module.device)
-            task = AsInTraining(self._trial, self._task.target, self._unwrapped) if self._tap.inputs else self._task
+            self._rehearsal.module.to(pl_module.device)
+            task = (
+                AsInTraining(self._rehearsal, self._task.target, self._unwrapped) if self._calls.inputs else self._task
+            )
             check_teacher_accuracy(pl_module, self.teacher, task)
-        self._trial = None
+        self._rehearsal = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumption.on_train_start(trainer)
@@ -210,7 +212,7 @@ class Distillation(Callback):
             around = self._unwrapped(batch)
             batch = around.batch
             try:
-                with self._tap.watch(module, self.objective.student_layers, once=True) as seen:
+                with self._calls.watch(module, self.objective.student_layers, once=True) as seen:
                     result = training_step(batch, *args, **kwargs)
                     if result is None:
                         raise _Skipped  # past the complaint that the student did not run
@@ -235,7 +237,7 @@ class Distillation(Callback):
             total = self.task_weight * task_loss + total
         whole = Batch(seen.inputs[0] if seen.inputs else (around.batch,), {}, None)
         every = {**terms, "task": Term(task_loss, task_loss)}
-        network = self._tap.student_of(module)
+        network = self._calls.student_of(module)
         self._divergence.watch(module.trainer, total, lambda: parts_of(whole, network, student, teacher, every))
         if logs_this_step(module.trainer):
             terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
@@ -250,7 +252,7 @@ class Distillation(Callback):
         if trainer.global_step > self._steps:  # gradients may be accumulated over several batches
             if self.teacher.learns:
                 share = self._steps / max(trainer.estimated_stepping_batches, 1)
-                self.teacher.after_step(self._tap.student_of(pl_module), min(share, 1.0))
+                self.teacher.after_step(self._calls.student_of(pl_module), min(share, 1.0))
             self._steps = trainer.global_step
         # Not in the step itself: the module may well log a "train/loss" of its own there, and twice is an error.
         step, self._pending = self._pending, None
@@ -268,7 +270,7 @@ class Distillation(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._seen = self._evaluation.enter_context(self._tap.watch(pl_module))
+        self._seen = self._evaluation.enter_context(self._calls.watch(pl_module))
 
     def on_validation_batch_end(
         self,
@@ -287,7 +289,7 @@ class Distillation(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._seen = self._evaluation.enter_context(self._tap.watch(pl_module))
+        self._seen = self._evaluation.enter_context(self._calls.watch(pl_module))
 
     def on_test_batch_end(
         self,
@@ -303,7 +305,7 @@ class Distillation(Callback):
     def _score(self, module: LightningModule, batch: Any, prefix: str) -> None:
         self._evaluation.close()
         seen, self._seen = self._seen, Seen()
-        if not seen.outputs or (self._tap.inputs and not seen.inputs):
+        if not seen.outputs or (self._calls.inputs and not seen.inputs):
             return  # how the module validates is its own affair
         around = self._unwrapped(batch)
         of_teacher = self._batch_of_teacher(around, seen)
@@ -332,10 +334,10 @@ class Distillation(Callback):
     # At the end.
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._divergence.check_weights(self._tap.student_of(pl_module))
+        self._divergence.check_weights(self._calls.student_of(pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._divergence.check_weights(self._tap.student_of(pl_module))
+        self._divergence.check_weights(self._calls.student_of(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         state = {"losses": self.objective.state_dict(), "rng_states": rng_states()}
@@ -351,26 +353,26 @@ class Distillation(Callback):
         """Leave the module as it was."""
         self._evaluation.close()
         self._undo.close()
-        self._trial = self._pending = self._resumption.states = None
+        self._rehearsal = self._pending = self._resumption.states = None
         self._seen = Seen()
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
-    def _preflight(self, module: LightningModule, trial: Trial) -> None:
+    def _preflight(self, module: LightningModule, rehearsal: Rehearsal) -> None:
         loader = training_loader(module)
         raw, first = first_batch(training_batches(module, loader=loader), self.objective, self._task)
         around = self._unwrapped(raw)
         raw = around.batch
         batch = few(raw, samples_needed(self.objective))
         try:
-            seen = trial.run(batch, self.objective.student_layers)
+            seen = rehearsal.run(batch, self.objective.student_layers)
         except ValueError:
             if batch is raw:
                 raise
             batch = raw  # a step may want whole batches
-            seen = trial.run(batch, self.objective.student_layers)
-        attached = self._student_to_attach(module, trial)
+            seen = rehearsal.run(batch, self.objective.student_layers)
+        attached = self._student_to_attach(module, rehearsal)
         check_networks(attached, self.teacher)
-        check_trainable(self._tap.student_of(trial.module))
+        check_trainable(self._calls.student_of(rehearsal.module))
         check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
         around = _first(around, len(seen.logits))._replace(batch=batch)
         of_teacher = self._batch_of_teacher(around, seen)
@@ -390,11 +392,11 @@ class Distillation(Callback):
         compute_once(self.objective, student, teacher, target)
         check_top_k(first.teacher, classes_of(student))
 
-    def _student_to_attach(self, module: LightningModule, trial: Trial) -> nn.Module:
+    def _student_to_attach(self, module: LightningModule, rehearsal: Rehearsal) -> nn.Module:
         """Return the student itself, or the copy where the module makes it, or parts of it, only after this setup."""
-        copied = self._tap.student_of(trial.module)
+        copied = self._calls.student_of(rehearsal.module)
         try:
-            student = self._tap.student_of(module)
+            student = self._calls.student_of(module)
         except ValueError:
             return copied
         return student if dict(student.named_modules()).keys() == dict(copied.named_modules()).keys() else copied
@@ -403,11 +405,11 @@ class Distillation(Callback):
         return unwrapped(batch, bare=self.teacher.in_batch)
 
     def _batch_of_teacher(self, around: Unwrapped, seen: Seen) -> Batch:
-        args, kwargs = seen.inputs[0] if self._tap.inputs else self._task.arguments(around.batch)
+        args, kwargs = seen.inputs[0] if self._calls.inputs else self._task.arguments(around.batch)
         return Batch(args, kwargs, None, around.samples, around.teacher)
 
     def _place_teacher(self, module: LightningModule) -> None:
-        student = self._tap.student_of(module)
+        student = self._calls.student_of(module)
         floating = [p.dtype for p in student.parameters() if p.is_floating_point()]
         self.teacher.to(module.device, floating[0] if floating else None)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kd_lightning.files import temporary_suffix
+from kd_lightning.durable_files import temporary_suffix
 
 
 @contextmanager

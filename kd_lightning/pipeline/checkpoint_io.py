@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from kd_lightning.files import write_atomically
+from kd_lightning.durable_files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file, where :func:`~kd_lightning.files.remove_leftovers` finds what a killed process leaves.
+    """Writes beside the file; :func:`~kd_lightning.durable_files.remove_leftovers` finds what a killed process leaves.
 
     Lightning writes to the system's temporary folder and then moves the file: a killed process leaves it there, and
     from another disk a move is a copy, which can be torn.

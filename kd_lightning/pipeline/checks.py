@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_lightning.configuration.arguments import errors_at, explained
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.export.formats import require
-from kd_lightning.lookahead import loader_batches, untouched_rng
+from kd_lightning.first_batches import loader_batches, untouched_rng
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective

@@ -5,7 +5,7 @@ import json
 
 from lightning.pytorch import LightningDataModule
 
-from kd_lightning.files import sha256_of
+from kd_lightning.durable_files import sha256_of
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.source_code import hashes_of, package_hash
 from kd_lightning.pipeline.stage_folder import Finished

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from kd_lightning.files import write_atomically
+from kd_lightning.durable_files import write_atomically
 from kd_lightning.tracking.runs import is_rank_zero
 
 Value = TypeVar("Value")

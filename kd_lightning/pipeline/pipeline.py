@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
-from kd_lightning.files import remove_leftovers
+from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.pipeline.checks import check_recipes
 from kd_lightning.pipeline.fingerprint import code_of
 from kd_lightning.pipeline.latency import Latency, measure

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from kd_lightning.files import seal, unseal, write_atomically
+from kd_lightning.durable_files import seal, unseal, write_atomically
 
 _RUN_ID = "run_id"
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_lightning.files import sha256_of
+from kd_lightning.durable_files import sha256_of
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.teachers import Stored, Teacher, TeacherSource

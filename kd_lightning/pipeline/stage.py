@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.checkpoint import load_weights
-from kd_lightning.lookahead import loader_batches
+from kd_lightning.first_batches import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run

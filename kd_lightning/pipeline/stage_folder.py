@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_checkpoint, load_weights
-from kd_lightning.files import seal, sha256_of, unseal, write_atomically
+from kd_lightning.durable_files import seal, sha256_of, unseal, write_atomically
 from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result
 from kd_lightning.pipeline.run_id import read_run_id, write_run_id

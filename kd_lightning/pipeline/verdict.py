@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.files import write_atomically
+from kd_lightning.durable_files import write_atomically
 from kd_lightning.pipeline.chance import learned_nothing
 from kd_lightning.pipeline.latency import Latency
 from kd_lightning.pipeline.quantized_sentence import quantized_sentence

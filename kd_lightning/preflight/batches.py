@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from kd_lightning.lookahead import SCAN
+from kd_lightning.first_batches import SCAN
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.tasks.classification import IGNORE_INDEX

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from kd_lightning.lookahead import SCAN, training_batches
+from kd_lightning.first_batches import SCAN, training_batches
 from kd_lightning.outputs import class_dim
 from kd_lightning.preflight.labels import check_labels
 from kd_lightning.tasks import Classification

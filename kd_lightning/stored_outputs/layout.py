@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_lightning.files import seal, unseal
+from kd_lightning.durable_files import seal, unseal
 from kd_lightning.stored_outputs.formats import Format, find_format
 from kd_lightning.stored_outputs.store import Store
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.files import seal, unseal
+from kd_lightning.durable_files import seal, unseal
 from kd_lightning.stored_outputs.layout import Manifest, file_name, header, record_name
 from kd_lightning.stored_outputs.store import Store, file_checksum, locked, sync_folder, write_local
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from kd_lightning.data.loaders import View
-from kd_lightning.files import is_json
+from kd_lightning.durable_files import is_json
 from kd_lightning.outputs import class_dim, classes_last
 from kd_lightning.preflight import check_logits
 from kd_lightning.stored_outputs.formats import Rows, find_format, kl_errors

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from kd_lightning.lookahead import untouched_rng
+from kd_lightning.first_batches import untouched_rng
 from kd_lightning.outputs import Outputs, classes_last
 from kd_lightning.tasks.batch import Batch
 from kd_lightning.teachers.accelerate import Way, candidates, device_of, run_in, set_memory_format

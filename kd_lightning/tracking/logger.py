@@ -15,7 +15,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd_lightning.files import remove_leftovers, temporary_suffix
+from kd_lightning.durable_files import remove_leftovers, temporary_suffix
 from kd_lightning.tracking.calls import REQUEST_SECONDS, within
 from kd_lightning.tracking.delivery import PATIENCE, Delivery, delivery_to
 from kd_lightning.tracking.opening import OpenRun, new_key

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kd_lightning.callbacks import HyperparameterSchedule
 from kd_lightning.cli import conf_dir, pipeline
 from kd_lightning.data.loaders import View
-from kd_lightning.lookahead import loader_batches
+from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs, Samples, run
 from kd_lightning.pipeline.recipe import Recipe

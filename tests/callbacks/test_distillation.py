@@ -312,7 +312,7 @@ def test_a_step_that_wants_a_running_training_is_no_obstacle(tmp_path: Path) -> 
 
     mine: list[float] = []
     fit(*make(Curious()), logger=Recorder(tmp_path))
-    assert len(mine) == 4  # one a step, and none of the trial
+    assert len(mine) == 4  # one a step, and none of the rehearsal
 
 
 class Parts(LightningModule):

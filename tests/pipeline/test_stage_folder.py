@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 
 from kd_lightning import load_student
-from kd_lightning.files import seal, unseal
+from kd_lightning.durable_files import seal, unseal
 from kd_lightning.pipeline import stage as stage_module
 from kd_lightning.pipeline.stage_folder import Finished, StageFolder
 from tests.pipeline.tiny_recipe import made, recipe

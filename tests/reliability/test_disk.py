@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.files import unseal
+from kd_lightning.durable_files import unseal
 from kd_lightning.pipeline.lock import held
 from tests.command import IN_FLOAT, copied
 from tests.pipeline.test_pipeline import runs

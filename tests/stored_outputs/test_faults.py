@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kd_lightning.data.in_memory import CropAndFlip
-from kd_lightning.files import seal, unseal
+from kd_lightning.durable_files import seal, unseal
 from kd_lightning.stored_outputs import StoredOutputs, Views, shards, store_outputs, verify
 from kd_lightning.stored_outputs.layout import read_manifest
 from kd_lightning.stored_outputs.shards import ShardWriter

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kd_lightning.durable_files import remove_leftovers, seal, temporary_suffix, unseal, write_atomically
 from kd_lightning.export.files import new_files
-from kd_lightning.files import remove_leftovers, seal, temporary_suffix, unseal, write_atomically
 from kd_lightning.tracking.logger import check_writable
 
 CONTENT = {"a": 0.1, "b": [1, 2], "c": {"d": None}, "e": "ü"}
@@ -81,7 +81,7 @@ def test_a_process_that_has_the_number_of_the_killed_one_removes_what_it_left(tm
 KILLED = """
 import os, pathlib, signal, sys
 from kd_lightning.export.files import new_files
-from kd_lightning.files import write_atomically
+from kd_lightning.durable_files import write_atomically
 from kd_lightning.tracking import logger
 
 def die(*_):

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kd_lightning.dry_forward import unknown_layer
-from kd_lightning.lookahead import untouched_rng
-from kd_lightning.tap import Seen, Tap
+from kd_lightning.first_batches import untouched_rng
+from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, Classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 
 
-class Trial:
+class Rehearsal:
     """A copy of a module whose ``training_step`` runs on some batches, where nothing is logged.
 
     ``setup`` and ``configure_model`` are called on the copy: the Trainer calls those of the module itself only after
@@ -29,8 +29,8 @@ class Trial:
         ValueError: For a module that cannot be copied.
     """
 
-    def __init__(self, module: LightningModule, trainer: Trainer, tap: Tap) -> None:
-        self.trainer, self.tap = trainer, tap
+    def __init__(self, module: LightningModule, trainer: Trainer, calls: StudentCalls) -> None:
+        self.trainer, self.calls = trainer, calls
         # No step changes a data set, and it may be as large as the memory.
         shared = [x for x in vars(module).values() if isinstance(x, Dataset | DataLoader | LightningDataModule)]
         with untouched_rng():
@@ -64,10 +64,10 @@ class Trial:
             ValueError: For a step that breaks off before, or in which the student does not run exactly once; for an
                 unknown layer, with the nearest ones.
         """
-        known = dict(self.tap.student_of(self.module).named_modules())
+        known = dict(self.calls.student_of(self.module).named_modules())
         for name in layers:
             if name not in known:
-                student = self.tap.student_of(self.module)
+                student = self.calls.student_of(self.module)
                 raise unknown_layer("student", student, name, lambda: self.run(batch), "some")
         seen = Seen()
         try:
@@ -75,14 +75,16 @@ class Trial:
                 untouched_rng(),
                 torch.enable_grad(),
                 self.trainer.precision_plugin.forward_context(),
-                self.tap.watch(self.module, layers, once=True) as seen,
+                self.calls.watch(self.module, layers, once=True) as seen,
             ):
                 self._step(batch)
         except Exception as error:
             if seen.problem:
                 raise ValueError(seen.problem) from error
             ran = (
-                seen.outputs and (seen.inputs or not self.tap.inputs) and all(name in seen.features for name in layers)
+                seen.outputs
+                and (seen.inputs or not self.calls.inputs)
+                and all(name in seen.features for name in layers)
             )
             # Of the features' checks, which come when the step has ended.
             if not ran or "layer '" in str(error):
@@ -90,7 +92,7 @@ class Trial:
                 raise ValueError(
                     f"training_step of {type(self.module).__name__}, tried on a copy before training, failed before "
                     f"the student's outputs were there: {type(error).__name__}: {first_line}; "
-                    f"{_remedy(batch, self.tap.student_of(self.module))}"
+                    f"{_remedy(batch, self.calls.student_of(self.module))}"
                 ) from error
         return seen
 
@@ -129,13 +131,16 @@ class AsInTraining(Classification):
     """Reads a batch as the student's arguments in ``training_step``, whatever is done to it there."""
 
     def __init__(
-        self, trial: Trial, target: Callable[[Any], Tensor | None], unwrap: Callable[[Any], Unwrapped] = unwrapped
+        self,
+        rehearsal: Rehearsal,
+        target: Callable[[Any], Tensor | None],
+        unwrap: Callable[[Any], Unwrapped] = unwrapped,
     ) -> None:
-        self._trial, self._target, self._unwrap = trial, target, unwrap
+        self._rehearsal, self._target, self._unwrap = rehearsal, target, unwrap
 
     def read(self, batch: Any) -> Batch:
         batch, samples, teacher = self._unwrap(batch)
-        args, kwargs = self._trial.run(batch).inputs[0]
+        args, kwargs = self._rehearsal.run(batch).inputs[0]
         return Batch(args, kwargs, self._target(batch), samples, teacher)
 
 

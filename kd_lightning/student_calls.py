@@ -28,7 +28,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Tap:
+class StudentCalls:
     """Where in a module the student's inputs and logits are taken from.
 
     Args:
