@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 
 from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
 from kd_lightning.divergence import Divergence, parts_of
@@ -24,16 +24,16 @@ from kd_lightning.preflight import (
     check_networks,
     check_optimizer,
     check_parts,
-    check_teacher_accuracy,
+    check_teacher_score,
     converts_inputs,
     dry_run,
     need_labels,
     warn_of_missing_classes,
 )
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
-from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks import Batch, Task, or_classification
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
+from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
 
@@ -51,7 +51,7 @@ class DistillationModule(LightningModule):
         optimizer: Called with the parameters of the student and of the losses.
         scheduler: Called with the optimizer; where it takes ``total_steps`` or ``T_max``, also with the number of
             optimizer steps of the whole training. Stepped after each optimizer step.
-        task: Reads and scores batches; classification unless given.
+        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
 
     Raises:
@@ -74,7 +74,7 @@ class DistillationModule(LightningModule):
         losses: Mapping[str, DistillationLoss],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
-        task: Classification | None = None,
+        task: Task | None = None,
         check_teacher: bool = True,
     ) -> None:
         super().__init__()
@@ -83,14 +83,16 @@ class DistillationModule(LightningModule):
         self.student = student
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses)
-        self.task = task or Classification()
+        self.task = or_classification(task)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self._built = False
         self._resumption = Resumption()
         self._divergence = Divergence()
-        self._accuracy, self._agreement, self._teacher_accuracy = MeanMetric(), MeanMetric(), MeanMetric()
-        self._teacher_accuracy_logged = False
+        self._val_metrics = self.task.metrics().clone(prefix="val/")
+        self._test_metrics = self.task.metrics().clone(prefix="test/")
+        self._agreement = MeanMetric()
+        self._teacher_scores = TeacherScores(self.task)
         check_parts(self.teacher, self.objective)
 
     @property
@@ -117,16 +119,16 @@ class DistillationModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self._divergence = Divergence()
-        for metric in (self._accuracy, self._agreement, self._teacher_accuracy):
+        for metric in (self._val_metrics, self._test_metrics, self._agreement):
             metric.reset()  # after trainer.validate, they are inference tensors, which cannot be updated in a fit
-        self._teacher_accuracy_logged = False
+        self._teacher_scores = TeacherScores(self.task)
         self._place_teacher()
         if self.teacher is not None:
             if self.teacher.scheduled:
                 check_length_is_known(self.trainer)
             self.teacher.start(self.student)
             if self.check_teacher:
-                check_teacher_accuracy(self, self.teacher, self.task)
+                check_teacher_score(self, self.teacher, self.task)
 
     def on_validation_start(self) -> None:
         self._place_teacher()
@@ -145,8 +147,8 @@ class DistillationModule(LightningModule):
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:
-            teacher = self.teacher(read, self.objective.teacher_layers)
-        student = run(self.student, read.args, read.kwargs, self.objective.student_layers)
+            teacher = self.task.arranged(self.teacher(read, self.objective.teacher_layers))
+        student = self.task.arranged(run(self.student, read.args, read.kwargs, self.objective.student_layers))
         total: Tensor
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))
@@ -172,11 +174,8 @@ class DistillationModule(LightningModule):
         return run(self.student, args, kwargs).logits
 
     def on_validation_epoch_end(self) -> None:
-        if self.teacher is None or self._teacher_accuracy_logged or self._teacher_accuracy.update_count == 0:
-            return
-        self.log("val/teacher_acc", self._teacher_accuracy.compute(), sync_dist=True)
-        self._teacher_accuracy.reset()
-        self._teacher_accuracy_logged = not (self.trainer.sanity_checking or self.teacher.learns)
+        if self.teacher is not None:
+            self._teacher_scores.settled = not (self.trainer.sanity_checking or self.teacher.learns)
 
     def on_train_end(self) -> None:
         self._divergence.check_weights(self.student)
@@ -221,7 +220,7 @@ class DistillationModule(LightningModule):
                 class_names=names,
                 any_precision=converts_inputs(self.trainer),
             )
-            if need_labels(self.objective):
+            if need_labels(self.objective) and self.task.over_classes:
                 warn_of_missing_classes(loader, classes, names)
             self._built = True
 
@@ -231,23 +230,21 @@ class DistillationModule(LightningModule):
             self.teacher.to(self.device, floating[0] if floating else None)
 
     def _score(self, batch: Batch, prefix: str) -> None:
-        target = batch.target
-        student = run(self.student, batch.args, batch.kwargs)
-        if target is not None:
-            self._accuracy.update(self.task.correct(student.logits, target).float())
-            self.log(f"{prefix}/acc", self._accuracy, on_step=False, on_epoch=True, prog_bar=True)
-        if self.teacher is None or not self.teacher.can_teach(batch):
+        student, teacher = self.task.arranged(run(self.student, batch.args, batch.kwargs)), None
+        if self.teacher is not None and self.teacher.can_teach(batch):
+            teacher = self.task.arranged(self.teacher(batch))
+        reference = batch.target if self.task.labelled else teacher
+        metrics: MetricCollection = self._val_metrics if prefix == "val" else self._test_metrics
+        if reference is not None:
+            metrics.update(student, reference)
+            self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
+        same = None if teacher is None else agreement(self.task, student, teacher)
+        if teacher is None or same is None:
             return
-        teacher = self.teacher(batch)
-        same = agreement(student, teacher)
-        if same is None:
-            return
-        self._agreement.update(same.float())
+        self._agreement.update(same)
         self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)
-        if prefix == "val" and not self._teacher_accuracy_logged and target is not None:
-            self._teacher_accuracy.update(self.task.correct_outputs(teacher, target).float())
-            for name, hits in members_hits(teacher, target, self.task).items():
-                self.log(name, hits.float().mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(hits))
+        if prefix == "val":
+            self._teacher_scores.log(self, teacher, batch.target)
 
 
 def configured(

@@ -20,7 +20,7 @@ from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs, run
 from kd_lightning.preflight import check_factories, dry_run
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
-from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks import Batch, HeadlineMetric, Task, or_classification
 from kd_lightning.teachers import TeacherSource
 from kd_lightning.tracking.metrics import logs_this_step
 
@@ -65,7 +65,7 @@ class MutualLearning(LightningModule):
         losses: Mapping[str, DistillationLoss],
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
-        task: Classification | None = None,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         objective = DistillationObjective(losses)
@@ -73,11 +73,12 @@ class MutualLearning(LightningModule):
         check_factories(optimizer, scheduler)
         self.students = nn.ModuleDict(students)
         self.objectives = nn.ModuleDict({name: copy.deepcopy(objective) for name in students})
-        self.task = task or Classification()
+        self.task = or_classification(task)
         self._optimizer, self._scheduler = optimizer, scheduler
         self._resumption = Resumption()
         self._built = False
         self._divergence = Divergence()
+        self._scores: dict[str, HeadlineMetric] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: student(*args, **kwargs) for name, student in self.students.items()}
@@ -128,6 +129,7 @@ class MutualLearning(LightningModule):
 
     def on_fit_start(self) -> None:
         self._divergence = Divergence()
+        self._scores = {}  # after trainer.validate they hold inference tensors, which cannot be updated in a fit
 
     def on_train_start(self) -> None:
         self._resumption.on_train_start(self.trainer)
@@ -148,7 +150,8 @@ class MutualLearning(LightningModule):
         self._resumption.states = checkpoint.get("rng_states")
 
     def _outputs(self, batch: Batch) -> dict[str, Outputs]:
-        return {name: run(student, batch.args, batch.kwargs) for name, student in self.students.items()}
+        students = self.students.items()
+        return {name: self.task.arranged(run(student, batch.args, batch.kwargs)) for name, student in students}
 
     def _parts(self, batch: Batch, outputs: Mapping[str, Outputs]) -> Iterator[Part]:
         for name, of in outputs.items():
@@ -163,9 +166,13 @@ class MutualLearning(LightningModule):
         outputs = self._outputs(batch)
         if batch.target is not None:
             for name, of in outputs.items():
-                self._log_mean(f"{prefix}/acc/{name}", self.task.correct(of.logits, batch.target))
-        first, *others = (of.best() for of in outputs.values())
-        self._log_mean(f"{prefix}/agreement", torch.stack([first == other for other in others]).all(0))
+                metric = self._scores.setdefault(f"{prefix}/{self.task.headline.key}/{name}", HeadlineMetric(self.task))
+                metric.to(self.device).update(of, batch.target)
+        for key, metric in self._scores.items():
+            if key.startswith(prefix) and metric.count:
+                self.log(key, metric, on_step=False, on_epoch=True, metric_attribute=key)
+        first, *others = (self.task.answers(of) for of in outputs.values())
+        self._log_mean(f"{prefix}/agreement", torch.stack([self.task.agreement(first, o) for o in others]).amin(0))
 
     def _log_mean(self, name: str, hits: Tensor) -> None:
         if hits.numel():

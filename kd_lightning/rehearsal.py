@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from kd_lightning.dry_forward import unknown_layer
 from kd_lightning.first_batches import untouched_rng
 from kd_lightning.student_calls import Seen, StudentCalls
-from kd_lightning.tasks import Batch, Classification, unwrapped
+from kd_lightning.tasks import Batch, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 
 
@@ -127,21 +127,19 @@ def _remedy(batch: Any, student: nn.Module) -> str:
     )
 
 
-class AsInTraining(Classification):
-    """Reads a batch as the student's arguments in ``training_step``, whatever is done to it there."""
+def read_as_in_training(
+    rehearsal: Rehearsal,
+    target: Callable[[Any], Tensor | None],
+    unwrap: Callable[[Any], Unwrapped] = unwrapped,
+) -> Callable[[Any], Batch]:
+    """Return what reads a batch as the student's arguments in ``training_step``, whatever is done to it there."""
 
-    def __init__(
-        self,
-        rehearsal: Rehearsal,
-        target: Callable[[Any], Tensor | None],
-        unwrap: Callable[[Any], Unwrapped] = unwrapped,
-    ) -> None:
-        self._rehearsal, self._target, self._unwrap = rehearsal, target, unwrap
+    def read(batch: Any) -> Batch:
+        batch, samples, teacher = unwrap(batch)
+        args, kwargs = rehearsal.run(batch).inputs[0]
+        return Batch(args, kwargs, target(batch), samples, teacher)
 
-    def read(self, batch: Any) -> Batch:
-        batch, samples, teacher = self._unwrap(batch)
-        args, kwargs = self._rehearsal.run(batch).inputs[0]
-        return Batch(args, kwargs, self._target(batch), samples, teacher)
+    return read
 
 
 def few(batch: Any, count: int) -> Any:

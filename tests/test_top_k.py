@@ -63,7 +63,7 @@ def test_what_fills_up_says_nothing_of_its_class(loss: DistillationLoss, filler:
         gradients.append(z.grad)
     torch.testing.assert_close(value(loss, student, filled), value(loss, student, two))
     torch.testing.assert_close(*gradients)
-    check_outputs(DistillationObjective({"it": loss}), Outputs(student), filled)
+    check_outputs(DistillationObjective({"it": loss}), Outputs(student), filled, Classification())
 
 
 def test_of_more_than_it_wants_a_loss_takes_the_best_however_they_are_ordered() -> None:
@@ -103,12 +103,12 @@ def test_half_precision_log_probabilities_are_computed_on_in_float32() -> None:
 def test_agreement_and_accuracy_are_those_of_the_logits(kind: str) -> None:
     student, teacher = pair(kind)
     target = classes_last(student).argmin(-1)
-    same = agreement(Outputs(student), best(teacher, 2))
-    assert torch.equal(same, agreement(Outputs(student), Outputs(teacher)))
+    same = agreement(Classification(), Outputs(student), best(teacher, 2))
+    assert torch.equal(same, agreement(Classification(), Outputs(student), Outputs(teacher)))
     assert same.any()
     assert not same.all()
     task = Classification()
-    assert torch.equal(task.correct_outputs(best(teacher, 2), target), task.correct(teacher, target))
+    assert torch.equal(task.scores(best(teacher, 2), target), task.scores(Outputs(teacher), target))
 
 
 # Refused
@@ -129,7 +129,7 @@ def test_a_loss_that_reads_all_logits_is_refused_by_name(name: str) -> None:
     student, teacher = pair()
     objective = DistillationObjective({"kd": KD(), "mine": refusals()[name]})
     with pytest.raises(ValueError, match=r"losses \['mine'\] read the teacher's logits of all classes, got its 3 best"):
-        check_outputs(objective, Outputs(student), best(teacher, 3))
+        check_outputs(objective, Outputs(student), best(teacher, 3), Classification())
     # Also by somebody who calls the objective in a training_step of their own.
     with pytest.raises(ValueError, match=r"loss 'mine': .*reads the teacher's logits of all classes, got its 3 best"):
         objective(Outputs(student), best(teacher, 3), torch.arange(6) % 5)
@@ -149,7 +149,7 @@ def test_what_is_not_known_cannot_be_standardised(loss: DistillationLoss) -> Non
 def test_losses_that_read_no_logits_of_the_teacher_are_not_refused() -> None:
     student, teacher = pair()
     objective = DistillationObjective({"hard_label": HardLabel(), "hint": Hint("f"), "cwd": losses.CWD("f")})
-    check_outputs(objective, Outputs(student), best(teacher, 3))
+    check_outputs(objective, Outputs(student), best(teacher, 3), Classification())
 
 
 def test_losses_of_somebody_who_has_not_said_so_are_refused() -> None:
@@ -158,13 +158,13 @@ def test_losses_of_somebody_who_has_not_said_so_are_refused() -> None:
 
     student, teacher = pair()
     with pytest.raises(ValueError, match=r"losses \['mine'\] read .*take kd, forward_kl, top_k_kl or deit_hard"):
-        check_outputs(DistillationObjective({"mine": Mine()}), Outputs(student), best(teacher, 3))
+        check_outputs(DistillationObjective({"mine": Mine()}), Outputs(student), best(teacher, 3), Classification())
 
 
 def check(indices: list[list[int]], log_probs: Tensor) -> None:
     student = Outputs(wave((len(indices), 5), 1.0, 0.2))
     given = Outputs.of_top_k(torch.tensor(indices), log_probs)
-    check_outputs(DistillationObjective({"kd": KD()}), student, given)
+    check_outputs(DistillationObjective({"kd": KD()}), student, given, Classification())
 
 
 HALVES = torch.tensor([[0.5, 0.25]]).log()

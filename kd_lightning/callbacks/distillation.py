@@ -21,14 +21,13 @@ from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import Outputs
 from kd_lightning.preflight import (
     check_class_names,
-    check_labels,
     check_logits,
     check_networks,
     check_optimizer,
     check_outputs,
     check_parts,
     check_source,
-    check_teacher_accuracy,
+    check_teacher_score,
     check_top_k,
     check_trainable,
     classes_of,
@@ -38,14 +37,13 @@ from kd_lightning.preflight import (
     samples_needed,
     warn_of_missing_classes,
 )
-from kd_lightning.rehearsal import AsInTraining, Rehearsal, few
+from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.student_calls import Seen, StudentCalls
-from kd_lightning.tasks import Batch, Classification, unwrapped
+from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
-from kd_lightning.tasks.classification import as_indices
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import agreement, log_terms, logs_this_step, members_hits
+from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
 
 _CHILD = "distillation"
 
@@ -72,10 +70,10 @@ class Distillation(Callback):
             given. For a module whose ``forward`` returns something else, or that calls it never or several times.
         teacher_inputs: Makes the teacher's arguments from a batch: a tensor, a tuple of positional or a mapping of
             keyword arguments. Needed where ``training_step`` never calls the student as a whole.
-        target: Makes the target from a batch; its second part, or ``labels``, as
-            :class:`~kd_lightning.tasks.Classification` reads it unless given.
+        target: Makes the target from a batch; its second part, or ``labels``, as the task reads it unless given.
         task_weight: Factor of the module's own loss; at 0 it is left out.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
+        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
 
     Raises:
         ValueError: At the start of ``fit``: for manual optimization (several optimizers, hence: Lightning itself
@@ -98,6 +96,7 @@ class Distillation(Callback):
         target: Callable[[Any], Tensor | None] | None = None,
         task_weight: float = 1.0,
         check_teacher: bool = True,
+        task: Task | None = None,
     ) -> None:
         if not is_finite_number(task_weight) or task_weight < 0:
             raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
@@ -108,13 +107,14 @@ class Distillation(Callback):
         self.student, self.task_weight = student, task_weight
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
-        self._task = _Reading(teacher_inputs, target, labels_needed, self._unwrapped)
+        self.task = or_classification(task)
+        self._batches = _Batches(self.task, teacher_inputs, target, labels_needed, self._unwrapped)
         self._calls = StudentCalls(student, logits, inputs=teacher_inputs is None)
         self._undo = ExitStack()
         self._rehearsal: Rehearsal | None = None
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
-        self._teacher_accuracy_logged = False
+        self._teacher_scores = TeacherScores(self.task)
         self._steps = 0
         self._resumption = Resumption()
         self._divergence = Divergence()
@@ -137,7 +137,7 @@ class Distillation(Callback):
         if stage != "fit":
             return
         _check_module(pl_module)
-        self._teacher_accuracy_logged = False
+        self._teacher_scores = TeacherScores(self.task)
         self._divergence = Divergence()
         self._rehearsal = Rehearsal(pl_module, trainer, self._calls)
         self._preflight(pl_module, self._rehearsal)
@@ -191,10 +191,10 @@ class Distillation(Callback):
         assert self._rehearsal is not None
         if self.check_teacher:
             self._rehearsal.module.to(pl_module.device)
-            task = (
-                AsInTraining(self._rehearsal, self._task.target, self._unwrapped) if self._calls.inputs else self._task
-            )
-            check_teacher_accuracy(pl_module, self.teacher, task)
+            read: Callable[[Any], Batch] = self._batches.read
+            if self._calls.inputs:
+                read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrapped)
+            check_teacher_score(pl_module, self.teacher, self.task, read)
         self._rehearsal = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,12 +227,13 @@ class Distillation(Callback):
         return step
 
     def _distil(self, module: LightningModule, around: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
-        student = Outputs(seen.logits, seen.features, around.samples)
+        student = self.task.arranged(Outputs(seen.logits, seen.features, around.samples))
         teacher = None
         if self.objective.needs_teacher:
             teacher = self.teacher(self._batch_of_teacher(around, seen), self.objective.teacher_layers)
+            teacher = self.task.arranged(teacher)
         total: Tensor
-        total, terms = self.objective(student, teacher, self._task.target(around.batch))
+        total, terms = self.objective(student, teacher, self._batches.target(around.batch))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
         whole = Batch(seen.inputs[0] if seen.inputs else (around.batch,), {}, None)
@@ -281,10 +282,10 @@ class Distillation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._score(pl_module, batch, "val")
+        self._score(pl_module, batch, "val", dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._teacher_accuracy_logged = not (trainer.sanity_checking or self.teacher.learns)
+        self._teacher_scores.settled = not (trainer.sanity_checking or self.teacher.learns)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -300,9 +301,9 @@ class Distillation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._score(pl_module, batch, "test")
+        self._score(pl_module, batch, "test", dataloader_idx)
 
-    def _score(self, module: LightningModule, batch: Any, prefix: str) -> None:
+    def _score(self, module: LightningModule, batch: Any, prefix: str, dataloader_idx: int) -> None:
         self._evaluation.close()
         seen, self._seen = self._seen, Seen()
         if not seen.outputs or (self._calls.inputs and not seen.inputs):
@@ -313,23 +314,16 @@ class Distillation(Callback):
             return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             # Of several forward passes the first: student and teacher see the same there.
-            teacher = self.teacher(of_teacher)
-        same = agreement(Outputs(seen.logits), teacher)
+            teacher = self.task.arranged(self.teacher(of_teacher))
+        same = agreement(self.task, self.task.arranged(Outputs(seen.logits)), teacher)
         if same is None:
             return
-        self._log_mean(module, f"{prefix}/agreement", same)
-        target = self._task.target_or_none(around.batch)
-        if prefix == "test" or self._teacher_accuracy_logged or target is None:
-            return
-        if self._task.labels(target).shape == same.shape:
-            self._log_mean(module, "val/teacher_acc", self._task.correct_outputs(teacher, target))
-            for name, hits in members_hits(teacher, target, self._task).items():
-                self._log_mean(module, name, hits)
-
-    @staticmethod
-    def _log_mean(module: LightningModule, name: str, hits: Tensor) -> None:
-        if hits.numel():
-            module.log(name, hits.float().mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=hits.numel())
+        if same.numel():
+            name = f"{prefix}/agreement"
+            module.log(name, same.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=same.numel())
+        target = self._batches.target_or_none(around.batch) if prefix == "val" else None
+        if target is not None and self._batches.fits(target, teacher):
+            self._teacher_scores.log(module, teacher, target, dataloader_idx)
 
     # At the end.
 
@@ -359,7 +353,8 @@ class Distillation(Callback):
 
     def _preflight(self, module: LightningModule, rehearsal: Rehearsal) -> None:
         loader = training_loader(module)
-        raw, first = first_batch(training_batches(module, loader=loader), self.objective, self._task)
+        batches = training_batches(module, loader=loader)
+        raw, first = first_batch(batches, self.objective, self.task, self._batches.read)
         around = self._unwrapped(raw)
         raw = around.batch
         batch = few(raw, samples_needed(self.objective))
@@ -373,21 +368,23 @@ class Distillation(Callback):
         attached = self._student_to_attach(module, rehearsal)
         check_networks(attached, self.teacher)
         check_trainable(self._calls.student_of(rehearsal.module))
-        check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
+        if self.task.gives_logits:
+            check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
         around = _first(around, len(seen.logits))._replace(batch=batch)
         of_teacher = self._batch_of_teacher(around, seen)
         check_source(self.teacher, of_teacher)
         self.teacher.prepare(attached)
-        teacher = self.teacher.dry(of_teacher, self.objective.teacher_layers)
+        teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
         features = {name: x.detach() for name, x in seen.features.items()}
-        student = Outputs(seen.logits.detach(), features, around.samples)
-        target = self._task.target(batch)
-        check_outputs(self.objective, student, teacher)
+        student = self.task.arranged(Outputs(seen.logits.detach(), features, around.samples))
+        target = self._batches.target(batch)
+        check_outputs(self.objective, student, teacher, self.task)
         if first.target is not None and need_labels(self.objective):
             names = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
             check_class_names(names, student.logits)
-            check_labels(first.target, student.logits, self._task)
-            warn_of_missing_classes(loader, classes_of(student), names)
+            self.task.check(first.target, student.logits)
+            if self.task.over_classes:
+                warn_of_missing_classes(loader, classes_of(student), names)
         self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         check_top_k(first.teacher, classes_of(student))
@@ -405,7 +402,7 @@ class Distillation(Callback):
         return unwrapped(batch, bare=self.teacher.in_batch)
 
     def _batch_of_teacher(self, around: Unwrapped, seen: Seen) -> Batch:
-        args, kwargs = seen.inputs[0] if self._calls.inputs else self._task.arguments(around.batch)
+        args, kwargs = seen.inputs[0] if self._calls.inputs else self._batches.arguments(around.batch)
         return Batch(args, kwargs, None, around.samples, around.teacher)
 
     def _place_teacher(self, module: LightningModule) -> None:
@@ -414,18 +411,19 @@ class Distillation(Callback):
         self.teacher.to(module.device, floating[0] if floating else None)
 
 
-class _Reading(Classification):
+class _Batches:
     """Reads batches as the callback was told to."""
 
     def __init__(
         self,
+        task: Task,
         teacher_inputs: Callable[[Any], Any] | None,
         target: Callable[[Any], Tensor | None] | None,
         labels_needed: bool,
         unwrap: Callable[[Any], Unwrapped],
     ) -> None:
+        self._task, self._unwrap = task, unwrap
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
-        self._unwrap = unwrap
 
     def read(self, batch: Any) -> Batch:
         batch, samples, teacher = self._unwrap(batch)
@@ -433,16 +431,16 @@ class _Reading(Classification):
         if self._teacher_inputs is not None:
             return Batch(*self.arguments(batch), target, samples, teacher)
         try:
-            return super().read(batch)._replace(target=target, samples=samples, teacher=teacher)
+            return self._task.read(batch)._replace(target=target, samples=samples, teacher=teacher)
         except TypeError:
             return Batch((), {}, target, samples, teacher)  # the module knows how to read it
 
     def target(self, batch: Any) -> Tensor | None:
         if self._target is not None:
-            target: Tensor | None = as_indices(self._target(batch))
+            target: Tensor | None = self._task.target_of(self._target(batch))
             return target
         try:
-            return super().read(batch).target
+            return self._task.read(batch).target
         except TypeError as error:
             if not self._labels_needed:
                 return None
@@ -454,6 +452,16 @@ class _Reading(Classification):
             return self.target(batch)
         except TypeError:
             return None
+
+    def fits(self, target: Tensor, outputs: Outputs) -> bool:
+        """Tell whether a target is that of such outputs: the module may read its own from a batch."""
+        if outputs.top_k is not None:
+            return target.shape == outputs.best().shape
+        try:
+            self._task.check(target, outputs.logits)
+        except ValueError:
+            return False
+        return True
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         assert self._teacher_inputs is not None

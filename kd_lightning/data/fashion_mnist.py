@@ -12,7 +12,7 @@ from kd_lightning.data.download import cache_folder, check, download
 from kd_lightning.data.fashion_mnist_files import Arrays, read_packaged, read_whole_set
 from kd_lightning.data.image_data import ImageData, draw
 from kd_lightning.data.in_memory import InMemory
-from kd_lightning.tasks.classification import IGNORE_INDEX
+from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
 class FashionMNIST(ImageData):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.outputs import Outputs, classes_last
-from kd_lightning.tasks.classification import IGNORE_INDEX
+from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
 class DistillationLoss(nn.Module):
@@ -35,8 +35,9 @@ class DistillationLoss(nn.Module):
     """Whether the batch has to say which samples of the data set it holds; see :class:`kd_lightning.data.WithIds`."""
     needs_same_classes = True
     """Whether the student's classes have to be the teacher's."""
-    takes_one_output = False
-    """Whether the logits may be a single number, which is no class but a quantity: its softmax would be 1 for any."""
+    over_classes = True
+    """Whether it takes outputs for logits of classes that exclude each other, as a softmax does: of one output, and of
+    several labels a sample, it would be constant or wrong."""
     takes_top_k = False
     """Whether the teacher's k best classes (:class:`~kd_lightning.outputs.TopK`) do in the place of its logits."""
     needs_teacher_network = False
@@ -116,7 +117,7 @@ class FeatureLoss(DistillationLoss):
         gather: See :class:`DistillationLoss`.
     """
 
-    needs_same_classes = False
+    needs_same_classes = over_classes = False
     takes_top_k = True  # it reads no logits
 
     def __init__(
@@ -142,7 +143,7 @@ class LayersLoss(DistillationLoss):
         ValueError: For no layer, or another number of layers on each side.
     """
 
-    needs_same_classes = False
+    needs_same_classes = over_classes = False
     takes_top_k = True  # it reads no logits
 
     def __init__(

@@ -53,7 +53,7 @@ class CATKD(FeatureLoss):
         ValueError: For a resolution below 1; in :meth:`attach`, for a classifier of another kind.
     """
 
-    needs_same_classes = True
+    needs_same_classes = over_classes = True
     teacher_weight: Tensor
 
     needs_teacher_network = True

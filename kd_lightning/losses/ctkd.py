@@ -55,7 +55,7 @@ class CurriculumTemperature(DistillationLoss):
         self.needs_sample_ids, self.needs_same_classes = loss.needs_sample_ids, loss.needs_same_classes
         self.compares_samples, self.changes_student = loss.compares_samples, loss.changes_student
         self.takes_top_k, self.needs_teacher_network = loss.takes_top_k, loss.needs_teacher_network
-        self.takes_one_output = loss.takes_one_output
+        self.over_classes = loss.over_classes
         self.min_batch_size = loss.min_batch_size
 
     @property

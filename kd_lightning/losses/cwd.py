@@ -41,6 +41,7 @@ class CWD(DistillationLoss):
         ValueError: For a temperature ≤ 0, and for a teacher's layer without a student's.
     """
 
+    over_classes = False  # its softmax is over places
     projector: nn.Module
 
     def __init__(

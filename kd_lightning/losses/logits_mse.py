@@ -37,7 +37,7 @@ class LogitsMSE(LogitLoss):
         standardize: See :class:`~kd_lightning.losses.LogitLoss`.
     """
 
-    takes_one_output = True
+    over_classes = False
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         return logits_mse(*self.logits(student, teacher), padding(student.logits, target))

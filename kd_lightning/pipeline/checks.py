@@ -23,7 +23,7 @@ from kd_lightning.pipeline.check_checkpoint import check_checkpoint
 from kd_lightning.pipeline.check_training import check_callbacks, check_optimizer, length
 from kd_lightning.pipeline.quantizing import QuantizedStage, check_can_be_quantized
 from kd_lightning.pipeline.recipe import Recipe
-from kd_lightning.preflight import check_labels, check_parts, dry_run
+from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.stored_outputs.formats import Best, find_format
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.teachers.stored import Stored
@@ -160,7 +160,7 @@ def _check_evaluation(module: DistillationModule, batches: Sequence[Batch]) -> i
     for batch in batches:
         outputs = dry_forward("student", module.student, (batch.args[0][:2],), {}, ())
         classes = outputs.logits.shape[-1]
-        check_labels(batch.target, outputs.logits, module.task)
+        module.task.check(batch.target, outputs.logits)
     return classes
 
 

@@ -2,7 +2,7 @@
 
 from kd_lightning.preflight.batches import check_source, converts_inputs, first_batch, need_labels
 from kd_lightning.preflight.dry_run import compute_once, dry_run, samples_needed
-from kd_lightning.preflight.labels import check_class_names, check_labels, warn_of_missing_classes
+from kd_lightning.preflight.labels import check_class_names, warn_of_missing_classes
 from kd_lightning.preflight.networks import (
     check_checkpoint,
     check_factories,
@@ -12,20 +12,19 @@ from kd_lightning.preflight.networks import (
     check_trainable,
 )
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
-from kd_lightning.preflight.teacher_accuracy import check_teacher_accuracy
+from kd_lightning.preflight.teacher_score import check_teacher_score
 
 __all__ = [
     "check_checkpoint",
     "check_class_names",
     "check_factories",
-    "check_labels",
     "check_logits",
     "check_networks",
     "check_optimizer",
     "check_outputs",
     "check_parts",
     "check_source",
-    "check_teacher_accuracy",
+    "check_teacher_score",
     "check_top_k",
     "check_trainable",
     "classes_of",

@@ -1,6 +1,6 @@
 """The first batch of a training, and the few samples of it that everything is tried on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from kd_lightning.first_batches import SCAN
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.tasks import Batch, Classification
-from kd_lightning.tasks.classification import IGNORE_INDEX
+from kd_lightning.tasks import Batch, Task
 from kd_lightning.teachers import TeacherSource
 
 
-def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: Classification) -> tuple[Any, Batch]:
+def first_batch(
+    batches: Iterable[Any], objective: DistillationObjective, task: Task, read: Callable[[Any], Batch] | None = None
+) -> tuple[Any, Batch]:
     """Check the first batch of a training, the first labelled one where a loss needs labels.
+
+    Args:
+        batches: Of the training.
+        objective: Says what its losses need.
+        task: Says which samples have a label.
+        read: Reads a batch; the task unless given.
 
     Returns:
         The batch as it came, and as the task reads it.
@@ -29,7 +36,7 @@ def first_batch(batches: Iterable[Any], objective: DistillationObjective, task: 
     labels_needed = need_labels(objective)
     for raw in islice(batches, SCAN):
         empty = False
-        batch = task.read(raw)
+        batch = (read or task.read)(raw)
         _check_finite(batch)
         if not labels_needed or _labelled(batch, task):
             break
@@ -86,7 +93,7 @@ def need_labels(objective: DistillationObjective) -> list[str]:
     return [name for name, loss in objective.named_losses().items() if loss.needs_labels and loss.weight > 0]
 
 
-def take(batch: Batch, count: int, task: Classification) -> Batch:
+def take(batch: Batch, count: int, task: Task) -> Batch:
     """Return the first samples of a batch, labelled ones first, so that the few include some."""
     size, batch = size_of(batch), _labelled_first(batch, task)
     if size is None:
@@ -110,22 +117,18 @@ def _check_finite(batch: Batch) -> None:
             )
 
 
-def _labelled(batch: Batch, task: Classification) -> bool:
+def _labelled(batch: Batch, task: Task) -> bool:
     target = batch.target
     if target is None:
         return False
-    return not _has_indices(target) or bool((task.labels(target) != IGNORE_INDEX).any())
+    return not isinstance(target, Tensor) or not target.ndim or bool(task.has_label(target).any())
 
 
-def _has_indices(target: Any) -> bool:
-    return isinstance(target, Tensor) and not target.is_floating_point()
-
-
-def _labelled_first(batch: Batch, task: Classification) -> Batch:
+def _labelled_first(batch: Batch, task: Task) -> Batch:
     target = batch.target
-    if target is None or not _has_indices(target) or target.ndim != 1:
+    if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
         return batch
-    order = torch.argsort((task.labels(target) == IGNORE_INDEX).long(), stable=True)
+    order = torch.argsort((~task.has_label(target)).long(), stable=True)
     return Batch(*(_map(lambda x: x[order] if len(x) == len(order) else x, part) for part in batch))
 
 

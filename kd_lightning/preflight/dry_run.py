@@ -11,10 +11,10 @@ from kd_lightning.dry_forward import dry_forward
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs
 from kd_lightning.preflight.batches import check_precision, check_source, first_batch, need_labels, take
-from kd_lightning.preflight.labels import check_class_names, check_labels
+from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
-from kd_lightning.tasks import Classification
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import TeacherSource
 
 
@@ -23,7 +23,7 @@ def dry_run(
     student: nn.Module,
     teacher: TeacherSource | None,
     objective: DistillationObjective,
-    task: Classification,
+    task: Task,
     class_names: Sequence[str] | None = None,
     any_precision: bool = True,
 ) -> int:
@@ -36,12 +36,12 @@ def dry_run(
         student: Without a trace of this afterwards.
         teacher: Likewise.
         objective: Has its projectors afterwards.
-        task: Reads the batches.
+        task: Says what the batches and the outputs mean.
         class_names: Those of the data, where it names them.
         any_precision: Whether inputs may be of another precision than the student, as the Trainer converts them.
 
     Returns:
-        The student's number of classes.
+        The student's number of outputs: classes, labels or values.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
@@ -55,20 +55,22 @@ def dry_run(
 
     def student_outputs() -> Outputs:
         outputs = dry_forward("student", student, few.args, few.kwargs, objective.student_layers, with_graph=True)
-        check_logits("student", outputs.logits)
+        if task.gives_logits:
+            check_logits("student", outputs.logits)
         features = {name: x.detach() for name, x in outputs.features.items()}
-        return outputs._replace(logits=outputs.logits.detach(), features=features, samples=few.samples)
+        logits = task.arrange(outputs.logits.detach())
+        return outputs._replace(logits=logits, features=features, samples=few.samples)
 
     check_source(teacher, few)
     if teacher is not None:
         teacher.prepare(student)
     first, teacher_outputs = student_outputs(), None
     if teacher is not None:
-        teacher_outputs = teacher.dry(few, objective.teacher_layers)
+        teacher_outputs = task.arranged(teacher.dry(few, objective.teacher_layers))
     check_class_names(class_names, first.logits)
-    check_outputs(objective, first, teacher_outputs)
+    check_outputs(objective, first, teacher_outputs, task)
     if batch.target is not None and (need_labels(objective) or classes_of(first) > 1):
-        check_labels(batch.target, first.logits, task)
+        task.check(batch.target, first.logits)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
     built = student_outputs() if objective.changes_student else first
     compute_once(objective, built, teacher_outputs, few.target)

@@ -1,4 +1,4 @@
-"""The labels: their type, shape and range, and the classes that they are of."""
+"""The classes that labels are of: their names, and those that no training sample has."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,75 +8,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from kd_lightning.outputs import class_dim, classes_last
-from kd_lightning.tasks import Classification
-from kd_lightning.tasks.classification import IGNORE_INDEX
-
-
-def check_labels(target: Any, logits: Tensor, task: Classification) -> None:
-    """Raise ValueError for a target that cannot be that of such logits.
-
-    Args:
-        target: Class indices, -100 where there is none, or probabilities of the logits' shape.
-        logits: Of any number of samples.
-        task: Says what a target's classes are; one with ``labels`` of its own has targets of its own shape.
-    """
-    if not isinstance(target, Tensor):
-        kind = type(target).__name__
-        inner = f" of {type(target[0]).__name__}" if isinstance(target, Sequence) and target else ""
-        raise ValueError(
-            f"the target is a {kind}{inner}, expected a tensor of class indices: map each label to the index of its "
-            "class in the data set"
-        )
-    classes = logits.shape[class_dim(logits)]
-    if type(task).labels is Classification.labels:
-        _check_probabilities(target, logits) if target.is_floating_point() else _check_shape(target, logits)
-    labels = task.labels(target)
-    wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= classes)]
-    if wrong.numel():
-        raise ValueError(
-            f"label {int(wrong[0])} is out of range, expected 0 to {classes - 1}, or -100 for an unlabelled sample: "
-            "set num_classes to that of the data set, or map the labels"
-        )
-
-
-def _check_probabilities(target: Tensor, logits: Tensor) -> None:
-    got = f"the target is {_dtype(target)} of shape {tuple(target.shape)}"
-    if target.ndim != logits.ndim:
-        raise ValueError(
-            f"{got}, expected class indices as int64, or probabilities of the logits' shape {_each(logits.shape)}: "
-            "call target.long() on class indices; regression has no classes, and no loss here that reads labels"
-        )
-    classes, expected = target.shape[class_dim(target)], logits.shape[class_dim(logits)]
-    if classes != expected:
-        raise ValueError(f"the targets are probabilities over {classes} classes, expected {expected}: {got}")
-    if target.shape[1:] != logits.shape[1:]:
-        raise ValueError(f"{got}, expected probabilities of the logits' shape {_each(logits.shape)}")
-    rows = classes_last(target)
-    if not bool((rows >= 0).all()):
-        raise ValueError("the targets hold negative or NaN values, expected class indices, or probabilities of classes")
-    sums = rows.sum(-1).flatten()
-    wrong = sums[(sums - 1).abs() > 1e-2]
-    if wrong.numel():
-        raise ValueError(
-            f"the targets have a row that sums to {wrong[0]:.3g}, expected class indices, or probabilities that sum to "
-            "1 (mixup): several labels a sample (multi-hot) are no distribution, and no loss here reads them"
-        )
-
-
-def _check_shape(target: Tensor, logits: Tensor) -> None:
-    expected = classes_last(logits).shape[1:-1]
-    if target.shape[1:] == expected:
-        return
-    remedy = "pass one class index for each"
-    if target.shape[1:] == logits.shape[1:]:
-        remedy = f"one-hot labels become indices by target.argmax({class_dim(logits) % logits.ndim})"
-    elif target.ndim == 2 and target.shape[1] == 1:
-        remedy = "call target.squeeze(1)"
-    raise ValueError(
-        f"the target is {_dtype(target)} of shape {tuple(target.shape)}, expected class indices "
-        f"{_each((0, *expected))} for logits {_each(logits.shape)}: {remedy}"
-    )
+from kd_lightning.outputs import class_dim
+from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
 def check_class_names(names: Sequence[str] | None, logits: Tensor) -> None:
@@ -124,12 +57,3 @@ def _labels(dataset: Any) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return labels if labels.ndim == 1 and not labels.is_floating_point() else None
-
-
-def _each(shape: Sequence[int]) -> str:
-    """Say a shape for any number of samples: ``(N, 10)``."""
-    return f"({', '.join(['N', *map(str, shape[1:])])}{',' if len(shape) == 1 else ''})"
-
-
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

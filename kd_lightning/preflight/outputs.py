@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective
 from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.tasks import Task
 
 _PROBABILITIES = ("Sigmoid", "Softmax")
 # What autograd calls an operation that leaves values as they are, and hooks of a module.
@@ -17,18 +18,18 @@ _VIEWS = (
 )  # fmt: skip
 
 
-def check_outputs(objective: DistillationObjective, student: Outputs, teacher: Outputs | None) -> None:
-    """Compare the classes of both, what the losses need of them, and whether the samples are known.
+def check_outputs(objective: DistillationObjective, student: Outputs, teacher: Outputs | None, task: Task) -> None:
+    """Compare the classes of both, what the losses need of them and of the task, and whether the samples are known.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
-    for role, outputs in (("student", student), ("teacher", teacher)):
-        if outputs is not None and outputs.top_k is None:
-            check_logits(role, outputs.logits)
-    for i, logits in enumerate(teacher.members.logits if teacher is not None and teacher.members is not None else ()):
-        check_logits(f"teacher {i} of the ensemble", logits)
     losses = objective.named_losses()
+    refusals = {name: why for name, loss in losses.items() if (why := task.refuses(loss)) is not None}
+    for name, why in refusals.items():
+        raise ValueError(f"loss {name!r} {why}")
+    if task.gives_logits:
+        _check_all_logits(student, teacher)
     if teacher is not None and teacher.top_k is not None:
         refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]
         if refused:
@@ -44,12 +45,12 @@ def check_outputs(objective: DistillationObjective, student: Outputs, teacher: O
             f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the teacher's "
             "logits in a module around it"
         )
-    constant = [name for name, loss in losses.items() if loss.needs_same_classes and not loss.takes_one_output]
+    constant = [name for name, loss in losses.items() if loss.over_classes]
     if constant and classes_of(student) == 1:
         raise ValueError(
             f"the student has one output, expected two or more for losses {constant}: the softmax of one output is "
             "always 1, so that they are constant; give the student an output a class (for two classes, 0 and its "
-            "logit), or regress the output with logits_mse alone"
+            "logit), or pass task=Regression() with losses on values"
         )
     remembering = [name for name, loss in losses.items() if loss.needs_sample_ids]
     if remembering and student.samples is None:
@@ -57,6 +58,14 @@ def check_outputs(objective: DistillationObjective, student: Outputs, teacher: O
             f"losses {remembering} remember samples, expected batches that say which samples they hold: wrap the "
             "training set, DataLoader(kd_lightning.data.WithIds(dataset), ...)"
         )
+
+
+def _check_all_logits(student: Outputs, teacher: Outputs | None) -> None:
+    for role, outputs in (("student", student), ("teacher", teacher)):
+        if outputs is not None and outputs.top_k is None:
+            check_logits(role, outputs.logits)
+    for i, logits in enumerate(teacher.members.logits if teacher is not None and teacher.members is not None else ()):
+        check_logits(f"teacher {i} of the ensemble", logits)
 
 
 def check_top_k(teacher: Outputs | None, classes: int) -> None:

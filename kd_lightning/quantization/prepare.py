@@ -13,8 +13,8 @@ from kd_lightning.quantization.layers import QUANTIZED, QuantizedLayer, swap
 from kd_lightning.quantization.placement import Placement, place
 from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
 from kd_lightning.quantization.spec import QuantizationSpec
+from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import check_numbers
-from kd_lightning.tasks.classification import Classification
 
 _KINDS = {quantized: kind.__name__ for kind, quantized in QUANTIZED.items()}
 _SPEC, _PLACEMENT = "quantization_spec", "quantization_placement"
@@ -106,7 +106,7 @@ def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = N
 
     Args:
         network: That is prepared.
-        loader: Batches as :class:`~kd_lightning.tasks.Classification` reads them; labels are not used.
+        loader: Batches as :class:`~kd_lightning.tasks.Task` reads them; labels are not used.
         batches: At most; all unless given.
 
     Returns:
@@ -129,7 +129,7 @@ def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = N
     network.eval()
     try:
         for batch in islice(loader, batches):
-            read = Classification().read(move_data_to_device(batch, device))
+            read = Task().read(move_data_to_device(batch, device))
             check_numbers(read, f"batch {seen} to calibrate with")
             run(network, read.args, read.kwargs)
             seen += 1

@@ -23,7 +23,7 @@ from kd_lightning.stored_outputs.progress import Progress, errors_of, summary
 from kd_lightning.stored_outputs.replay import ReplayedViews
 from kd_lightning.stored_outputs.shards import ShardWriter, checksum_once, damages, read_record, record_of
 from kd_lightning.stored_outputs.store import Store, locked
-from kd_lightning.tasks import Classification
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import Teacher, TeacherSource
 
 
@@ -37,7 +37,7 @@ def store_outputs(
     layers: Sequence[str] = (),
     batch_size: int = 256,
     seed: int = 0,
-    task: Classification | None = None,
+    task: Task | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     num_workers: int = 0,
     device: torch.device | str | None = None,
@@ -88,7 +88,7 @@ def store_outputs(
         )
     if device is not None:
         source.to(torch.device(device))
-    replayed, store, run = ReplayedViews(dataset, seed), Store(path), _Run(source, task or Classification(), layers)
+    replayed, store, run = ReplayedViews(dataset, seed), Store(path), _Run(source, task or Task(), layers)
     loader = _Loader(replayed, batch_size, collate_fn, num_workers)
     now = fingerprint(replayed, views, source, format=format, layers=list(layers))
     manifest = _manifest_or_none(store)
@@ -156,7 +156,7 @@ def _unwritten(store: Store, manifest: Manifest, shards: Iterable[int]) -> list[
 class _Run:
     """The teacher's outputs for a batch, as float32 on the CPU, by the names under which they are stored."""
 
-    def __init__(self, source: TeacherSource, task: Classification, layers: Sequence[str]) -> None:
+    def __init__(self, source: TeacherSource, task: Task, layers: Sequence[str]) -> None:
         self.source, self.task, self.layers = source, task, tuple(layers)
         self.classes_first = False
 
@@ -167,8 +167,9 @@ class _Run:
         if parameter is not None:
             batch = move_data_to_device(batch, parameter.device)
         outputs = self.source(batch, self.layers)
-        self.classes_first = class_dim(outputs.logits) != -1
-        found = {"logits": classes_last(outputs.logits)}
+        logits = self.task.arrange(outputs.logits)
+        self.classes_first = class_dim(logits) != -1 or (self.task.class_dim == 1 and outputs.logits.ndim == 3)
+        found = {"logits": classes_last(logits)}
         found |= {f"features.{name}": outputs.features[name] for name in self.layers}
         for name, x in found.items():
             finite = x.isfinite().reshape(len(x), -1).all(-1)

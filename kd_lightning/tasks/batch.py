@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kd_lightning.outputs import Outputs, Samples
 
+IGNORE_INDEX = -100
+"""The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
+
 
 class Batch(NamedTuple):
     """What the networks are called with, and the target: None where the batch has none.

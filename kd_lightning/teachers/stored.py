@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.outputs import Outputs
-from kd_lightning.tasks import Classification
+from kd_lightning.tasks import Task
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.teachers.base import BatchSource
 
@@ -83,7 +83,7 @@ def inputs_of(batch: Any) -> Tensor | None:
     """Return the first tensor that a network is called with, of a batch or a sample; None where that is not plain."""
     batch = unwrapped(batch).batch
     if isinstance(batch, Mapping):
-        values = (value for key, value in batch.items() if key not in Classification.label_keys)
+        values = (value for key, value in batch.items() if key not in Task.label_keys)
         return next((value for value in values if isinstance(value, Tensor)), None)
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor | Mapping):
         return inputs_of(batch[0])

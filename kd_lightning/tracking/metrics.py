@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective, Term
 from kd_lightning.outputs import Outputs, classes_last
-from kd_lightning.tasks import Classification
+from kd_lightning.tasks import HeadlineMetric, Task
 
 
 def logs_this_step(trainer: Trainer) -> bool:
@@ -46,24 +46,36 @@ def log_terms(
     module.log_dict(values, batch_size=batch_size)
 
 
-def agreement(student: Outputs, teacher: Outputs) -> Tensor | None:
-    """Tell for each sample, token or pixel whether both find the same class most likely: bool (B,), (B, S), (B, H, W).
-
-    None where they tell other classes, or another vocabulary, apart: there is nothing to agree on.
-    """
-    if teacher.top_k is None and student.logits.shape != teacher.logits.shape:
+def agreement(task: Task, student: Outputs, teacher: Outputs) -> Tensor | None:
+    """Tell how far both agree on each unit: (n,) in [0, 1]. None where they tell other things apart."""
+    if not task.comparable(student, teacher):
         return None
-    return torch.eq(student.best(), teacher.best())
+    return task.agreement(task.answers(student), task.answers(teacher))
 
 
-def members_hits(teacher: Outputs, target: Tensor, task: Classification) -> dict[str, Tensor]:
-    """Tell for each member of an ensemble which labels it finds, by the name under which their mean is logged.
+class TeacherScores:
+    """Logs a teacher's headline on the validation split, and that of each member of an ensemble.
 
-    Nothing where there is no label, or no ensemble.
+    Attributes:
+        settled: Whether they are known, so that nothing is logged any more.
     """
-    members = teacher.members.logits if teacher.members is not None else ()
-    hits = {f"val/teacher_acc/{i}": task.correct(logits, target) for i, logits in enumerate(members)}
-    return {name: found for name, found in hits.items() if found.numel()}
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.settled = task, False
+        self._metrics: dict[tuple[str, int], HeadlineMetric] = {}
+
+    def log(self, module: LightningModule, teacher: Outputs, target: Tensor | None, dataloader_idx: int = 0) -> None:
+        """Count a batch; nothing of a batch without labels."""
+        if self.settled or target is None or not self.task.labelled:
+            return
+        name = f"val/teacher_{self.task.headline.key}"
+        members = teacher.members.logits if teacher.members is not None else ()
+        every = {name: teacher, **{f"{name}/{i}": Outputs(logits) for i, logits in enumerate(members)}}
+        for key, outputs in every.items():
+            metric = self._metrics.setdefault((key, dataloader_idx), HeadlineMetric(self.task)).to(module.device)
+            metric.update(outputs, target)
+            if metric.count:
+                module.log(key, metric, on_step=False, on_epoch=True, metric_attribute=key)
 
 
 def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch import Tensor
 
+from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Classification, Identified, Taught
 
 X, Y, MASK = torch.randn(3, 4), torch.tensor([2, -100, 0]), torch.ones(3, 4)
@@ -71,18 +73,77 @@ def test_half_of_the_best_classes_is_refused() -> None:
         Classification().read((X, Y, {"indices": TOP["indices"]}))
 
 
+def scores(logits: Tensor, target: Tensor) -> list[float]:
+    return Classification().scores(Outputs(logits), target).tolist()
+
+
 def test_only_labelled_samples_are_scored() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [9.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    assert Classification().correct(logits, Y).tolist() == [True, False]
-    assert Classification().correct(logits, torch.full((3,), -100)).tolist() == []
+    assert scores(logits, Y) == [1, 0]
+    assert scores(logits, torch.full((3,), -100)) == []
+    assert Classification().has_label(Y).tolist() == [True, False, True]
 
 
 def test_mixed_labels_count_as_their_largest_share() -> None:
     target = torch.tensor([[0.2, 0.8, 0.0], [0.6, 0.4, 0.0]])
     assert Classification().labels(target).tolist() == [1, 0]
-    assert Classification().correct(torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), target).tolist() == [True, False]
+    assert scores(torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]), target) == [1, 0]
+    assert Classification().has_label(target).tolist() == [True, True]
 
 
 def test_every_token_is_scored() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([[0, 1], [2, 2]]), 3).float()
-    assert Classification().correct(logits, torch.tensor([[0, 2], [-100, 2]])).tolist() == [True, False, True]
+    target = torch.tensor([[0, 2], [-100, 2]])
+    assert scores(logits, target) == [1, 0, 1]
+    assert Classification().has_label(torch.tensor([[0, -100], [-100, -100]])).tolist() == [True, False]
+
+
+def test_classes_in_the_second_dimension_are_put_last_where_that_is_named() -> None:
+    logits, target = torch.randn(2, 5, 3), torch.tensor([[0, 4, 1], [2, 2, 3]])
+    task = Classification(class_dim=1)
+    assert torch.equal(task.arrange(logits), logits.mT)
+    assert task.arrange(logits[:, :, 0]).shape == (2, 5)
+    expected = (logits.argmax(1) == target).flatten().float().tolist()
+    assert task.scores(task.arranged(Outputs(logits)), target).tolist() == expected
+    task.check(target, task.arrange(logits))
+
+
+def test_classes_whose_dimension_labels_do_not_tell_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"where the classes are the second dimension.*Classification\(class_dim=1\)"):
+        Classification().check(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 5, 3))
+    square, target = torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"do not tell which dimension is that of the classes"):
+        Classification().check(target, square)
+    Classification(class_dim=2).check(target, square)
+    with pytest.raises(ValueError, match="expected class_dim to be 1"):
+        Classification(class_dim=0)
+
+
+def test_what_makes_a_comparison_an_empty_one() -> None:
+    task, target = Classification(), torch.arange(200) % 4
+    right = torch.ones(200)
+    assert task.learned_nothing(target, right, target) is None
+    assert task.learned_nothing(torch.zeros_like(target), (target == 0).float(), target) == "predicts a single class"
+    wrong = target.roll(1) * (torch.arange(200) % 3 > 0)
+    assert task.learned_nothing(wrong, (wrong == target).float(), target) == "is at chance"
+    few = slice(0, 99)
+    assert task.learned_nothing(wrong[few], (wrong == target)[few].float(), target[few]) is None
+    one = torch.ones_like(target)
+    assert task.learned_nothing(one, right, one) is None  # one answer is the right one
+
+
+def test_the_recall_of_a_class_is_a_part() -> None:
+    target = torch.tensor([1, 2, -100, 1])
+    found = Classification(recall_classes=[1]).parts(target, ["shirt", "boot", "bag"])
+    assert {name: mask.tolist() for name, mask in found.items()} == {"recall on 'boot'": [True, False, True]}
+    with pytest.raises(ValueError, match="no test sample has class 0"):
+        Classification(recall_classes=[0]).parts(target)
+
+
+def test_the_metric_is_the_headline_of_all_batches() -> None:
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, -100, 0, 1, 2, 0, -100])
+    metric = Classification().metrics()
+    for part in (slice(0, 4), slice(4, 9)):
+        metric.update(Outputs(logits[part]), target[part])
+    right = (logits.argmax(1) == target)[target != -100].float().mean()
+    assert metric.compute()["acc"].item() == pytest.approx(right.item())
