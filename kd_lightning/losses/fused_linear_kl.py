@@ -6,7 +6,7 @@ from torch import Tensor
 from kd_lightning.losses.base import check_temperature
 from kd_lightning.losses.fused_linear import _check_learns_nothing
 from kd_lightning.losses.fused_linear_divergence import _of_two_heads
-from kd_lightning.losses.sequence_kl import _log_softmax
+from kd_lightning.losses.token_divergence import log_softmax
 
 
 def fused_linear_kl(
@@ -78,7 +78,7 @@ def fused_linear_kl(
 
     def slope(logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor | None]:
         # By hand: two thirds of the time that autograd takes for it.
-        log_s, log_t = _log_softmax(logits, temperature), _log_softmax(teacher_logits, temperature)
+        log_s, log_t = log_softmax(logits, temperature), log_softmax(teacher_logits, temperature)
         p_t = log_t.exp()
         total = temperature**2 * log_t.sub_(log_s).mul_(p_t).sum()
         return total, log_s.exp_().sub_(p_t).mul_(temperature) if torch.is_grad_enabled() else None

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from kd_lightning.losses.base import padding
-from kd_lightning.losses.sequence_kl import _kl, _log_probabilities, _TokenLoss
 from kd_lightning.losses.skewed_kl import _mixture
+from kd_lightning.losses.token_divergence import TokenLoss, kl_divergence, log_probabilities
 from kd_lightning.outputs import Outputs
 
 
@@ -31,12 +31,12 @@ def jensen_shannon(
         ValueError: For β outside (0, 1), a temperature ≤ 0, unequal logits' shapes, or a target of another shape.
     """
     _check_beta(beta)
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
     mixture = _mixture(teacher, student, beta)
-    return temperature**2 * (beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture))
+    return temperature**2 * (beta * kl_divergence(teacher, mixture) + (1 - beta) * kl_divergence(student, mixture))
 
 
-class JensenShannon(_TokenLoss):
+class JensenShannon(TokenLoss):
     """The generalised Jensen-Shannon divergence; see :func:`jensen_shannon`.
 
     Args:

@@ -6,11 +6,11 @@ MiniLLM (Gu et al., ICLR 2024), https://arxiv.org/abs/2306.08543, token by token
 2024), https://arxiv.org/abs/2402.03898.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
+from kd_lightning.losses.base import padding
+from kd_lightning.losses.token_divergence import TokenLoss, kl_divergence, log_probabilities
+from kd_lightning.losses.top_k_kl import top_k_kl
 from kd_lightning.outputs import Outputs
 
 
@@ -34,8 +34,8 @@ def forward_kl(
     Raises:
         ValueError: For a temperature ≤ 0, unequal logits' shapes, or a target of another shape.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
-    return temperature**2 * _kl(teacher, student)
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * kl_divergence(teacher, student)
 
 
 def reverse_kl(
@@ -47,8 +47,8 @@ def reverse_kl(
     ignore_index: int = -100,
 ) -> Tensor:
     """T²·KL(p_s ‖ p_t): as :func:`forward_kl` with the sides swapped. It keeps to what the teacher does say."""
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
-    return temperature**2 * _kl(student, teacher)
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * kl_divergence(student, teacher)
 
 
 def symmetric_kl(
@@ -66,20 +66,11 @@ def symmetric_kl(
         ValueError: For λ outside [0, 1].
     """
     _check_lam(lam)
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
-    return temperature**2 * ((1 - lam) * _kl(teacher, student) + lam * _kl(student, teacher))
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * ((1 - lam) * kl_divergence(teacher, student) + lam * kl_divergence(student, teacher))
 
 
-class _TokenLoss(LogitLoss):
-    """A divergence between softened distributions; ignored tokens do not count, images without label do."""
-
-    def __init__(self, temperature: float = 1.0, weight: float = 1.0, standardize: bool = False) -> None:
-        super().__init__(weight, standardize)
-        check_temperature(temperature)
-        self.temperature = temperature
-
-
-class ForwardKL(_TokenLoss):
+class ForwardKL(TokenLoss):
     """The teacher's next-token distribution as target; see :func:`forward_kl`.
 
     Where only the teacher's k best tokens are known, it is :func:`~kd_lightning.losses.top_k_kl` with a tail.
@@ -93,15 +84,13 @@ class ForwardKL(_TokenLoss):
     takes_top_k = True
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        from kd_lightning.losses.top_k_kl import top_k_kl  # which builds on this file
-
         tokens = padding(student.logits, target)
         if teacher.top_k is not None and not self.standardize:
             return top_k_kl(student.logits, *teacher.top_k, tokens, temperature=self.temperature)
         return forward_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
 
 
-class ReverseKL(_TokenLoss):
+class ReverseKL(TokenLoss):
     """The student's own likely tokens, judged by the teacher; see :func:`reverse_kl`.
 
     Args:
@@ -115,7 +104,7 @@ class ReverseKL(_TokenLoss):
         return reverse_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
 
 
-class SymmetricKL(_TokenLoss):
+class SymmetricKL(TokenLoss):
     """Both divergences; see :func:`symmetric_kl`.
 
     Args:
@@ -140,27 +129,3 @@ class SymmetricKL(_TokenLoss):
 def _check_lam(lam: float) -> None:
     if not 0 <= lam <= 1:
         raise ValueError(f"expected lam in [0, 1], got {lam}: 0 is forward_kl, 1 is reverse_kl")
-
-
-def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    # −∞ becomes the least finite number: neither ∞ − ∞ nor 0·∞ comes up after it, and exp of it is 0 all the same.
-    return F.log_softmax(logits / temperature, -1).clamp_min(torch.finfo(logits.dtype).min)
-
-
-def _log_probabilities(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None,
-    temperature: float | Tensor,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Return log softmax(z / T) of the tokens that count, (N, V) each: the student's, and the teacher's detached."""
-    check_temperature(temperature)
-    check_same_shape(student_logits, teacher_logits)
-    z_s, z_t = counted(target, student_logits, teacher_logits.detach(), ignore_index=ignore_index)
-    return _log_softmax(z_s, temperature), _log_softmax(z_t, temperature)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p·(log p − log q), averaged over the rows; zero without any."""
-    return (log_p.exp() * (log_p - log_q)).sum() / max(len(log_p), 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.base import padding
-from kd_lightning.losses.sequence_kl import _kl, _log_probabilities, _TokenLoss
+from kd_lightning.losses.token_divergence import TokenLoss, kl_divergence, log_probabilities
 from kd_lightning.outputs import Outputs
 
 
@@ -35,8 +35,8 @@ def skewed_forward_kl(
         ValueError: For λ outside [0, 1), a temperature ≤ 0, unequal logits' shapes, or a target of another shape.
     """
     _check_lam(lam)
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
-    return temperature**2 * _kl(teacher, _mixture(teacher, student, lam))
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * kl_divergence(teacher, _mixture(teacher, student, lam))
 
 
 def skewed_reverse_kl(
@@ -50,11 +50,11 @@ def skewed_reverse_kl(
 ) -> Tensor:
     """T²·KL(p_s ‖ m) with m = (1 − λ)·p_t + λ·p_s: as :func:`skewed_forward_kl`, sides swapped."""
     _check_lam(lam)
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
-    return temperature**2 * _kl(student, _mixture(student, teacher, lam))
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    return temperature**2 * kl_divergence(student, _mixture(student, teacher, lam))
 
 
-class _SkewedKL(_TokenLoss):
+class _SkewedKL(TokenLoss):
     def __init__(
         self, lam: float = 0.1, temperature: float = 1.0, weight: float = 1.0, standardize: bool = False
     ) -> None:

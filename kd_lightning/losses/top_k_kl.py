@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
-from kd_lightning.losses.sequence_kl import _kl, _log_softmax
+from kd_lightning.losses.token_divergence import kl_divergence, log_softmax
 from kd_lightning.outputs import Outputs, class_dim, classes_last
 
 
@@ -55,7 +55,7 @@ def top_k_kl(
     dim = class_dim(student_logits)
     of_teacher = indices.movedim(-1, dim), log_probs.detach().movedim(-1, dim)
     z_s, best, log_t = counted(target, student_logits, *of_teacher, ignore_index=ignore_index)
-    log_s = _log_softmax(z_s, 1.0)
+    log_s = log_softmax(z_s, 1.0)
     least = torch.finfo(log_s.dtype).min
     # What fills up is no outcome, whatever its class, which is one of the others: it points to the best one instead.
     fills = log_t == -math.inf
@@ -66,7 +66,7 @@ def top_k_kl(
         other = log_s.scatter(-1, best, least).logsumexp(-1, keepdim=True)
         student = torch.cat((student, other), -1)
         teacher = torch.cat((teacher, _log1mexp(teacher.logsumexp(-1, keepdim=True))), -1)
-    return temperature**2 * _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
+    return temperature**2 * kl_divergence(log_softmax(teacher, temperature), log_softmax(student, temperature))
 
 
 def missing_mass(log_probs: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2307.15190
 from torch import Tensor
 
 from kd_lightning.losses.base import padding
-from kd_lightning.losses.sequence_kl import _log_probabilities, _TokenLoss
+from kd_lightning.losses.token_divergence import TokenLoss, log_probabilities
 from kd_lightning.outputs import Outputs
 
 
@@ -30,11 +30,11 @@ def total_variation(
     Raises:
         ValueError: For a temperature ≤ 0, unequal logits' shapes, or a target of another shape.
     """
-    student, teacher = _log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
+    student, teacher = log_probabilities(student_logits, teacher_logits, target, temperature, ignore_index)
     return 0.5 * temperature * (student.exp() - teacher.exp()).abs().sum() / max(len(student), 1)
 
 
-class TotalVariation(_TokenLoss):
+class TotalVariation(TokenLoss):
     """Half the L1 distance of the next-token distributions; see :func:`total_variation`.
 
     Args:

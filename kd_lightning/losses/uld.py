@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.base import check_temperature, counted, padding
-from kd_lightning.losses.sequence_kl import _TokenLoss
+from kd_lightning.losses.token_divergence import TokenLoss
 from kd_lightning.outputs import Outputs, classes_last
 
 
@@ -42,7 +42,7 @@ def sorted_probabilities(
     return temperature * difference.abs().sum() / max(len(student), 1)
 
 
-class ULD(_TokenLoss):
+class ULD(TokenLoss):
     """The teacher's confidences, whatever its vocabulary; see :func:`sorted_probabilities`.
 
     Args:
