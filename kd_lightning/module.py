@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
-from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss
@@ -30,6 +29,7 @@ from kd_lightning.preflight import (
     need_labels,
     warn_of_missing_classes,
 )
+from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Task, or_classification
 from kd_lightning.teachers import Teacher, TeacherSource

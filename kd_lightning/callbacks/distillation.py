@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
@@ -37,6 +36,7 @@ from kd_lightning.preflight import (
     samples_needed,
     warn_of_missing_classes,
 )
+from kd_lightning.progress import check_length_is_known
 from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.student_calls import Seen, StudentCalls

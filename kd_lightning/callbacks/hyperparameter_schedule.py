@@ -1,12 +1,12 @@
 """Change a hyper-parameter while training goes on."""
 
-import math
 from operator import attrgetter
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, find_objective
+from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.schedules import Schedule
 from kd_lightning.tracking.metrics import logs_this_step
 
@@ -167,22 +167,6 @@ def _numbers(objective: DistillationObjective) -> list[str]:
     """Return the names of the losses whose temperature is a plain number: a tensor is learnt."""
     losses = objective.named_losses().items()
     return [name for name, loss in losses if isinstance(getattr(loss, "temperature", None), int | float)]
-
-
-def progress(trainer: Trainer) -> float:
-    """Return the share of the optimizer steps taken, in [0, 1]."""
-    return min(trainer.global_step / max(trainer.estimated_stepping_batches, 1), 1.0)
-
-
-def check_length_is_known(trainer: Trainer) -> None:
-    """Raise ValueError when there is no progress to speak of."""
-    length = trainer.estimated_stepping_batches
-    if not math.isfinite(length) or length < 1:
-        got = "an unknown one" if length < 0 or not math.isfinite(length) else length
-        raise ValueError(
-            f"a schedule needs the number of optimizer steps, got {got}: pass the Trainer max_steps, or max_epochs "
-            "with a loader that has a length"
-        )
 
 
 def _known(module: LightningModule) -> str:

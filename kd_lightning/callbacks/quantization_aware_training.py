@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.callbacks.distillation import Distillation
-from kd_lightning.callbacks.hyperparameter_schedule import check_length_is_known, progress
 from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
 from kd_lightning.checkpoint import preparation_mismatch
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import find_layer
+from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.quantization import (
     QuantizationSpec,
     is_prepared,
