@@ -2,12 +2,14 @@
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kd_lightning.quantization.state import preparation_mismatch
 
 
 def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str, Tensor]:
@@ -115,23 +117,6 @@ def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
     return (
         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('of another shape', shapes)}"
         "expected a checkpoint of this very architecture: check its depth, width and number of classes"
-    )
-
-
-def preparation_mismatch(expected: Iterable[str], found: Iterable[str]) -> str:
-    """Say so where one of two state dicts is of a network prepared for quantisation, and the other is not."""
-    wanted, got = (any("_quantizer." in name for name in names) for names in (expected, found))
-    if wanted == got:
-        return ""
-    if got:
-        return (
-            "it is of a network prepared for quantisation, expected one in float: call "
-            "kd_lightning.quantization.prepare(network, spec) first, or give the Trainer QuantizationAwareTraining("
-            "spec), with the spec of the training that wrote it"
-        )
-    return (
-        "it is of a network in float, expected one prepared for quantisation: load it before prepare(network), and "
-        "begin a new training with QuantizationAwareTraining, without ckpt_path="
     )
 
 

@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.callbacks.distillation import Distillation
 from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
-from kd_lightning.checkpoint import preparation_mismatch
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import find_layer
 from kd_lightning.progress import check_length_is_known, progress
@@ -29,6 +28,7 @@ from kd_lightning.quantization import (
 )
 from kd_lightning.quantization.prepare import quantizers
 from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
+from kd_lightning.quantization.state import preparation_mismatch
 from kd_lightning.teachers import TeacherSource
 from kd_lightning.tracking.metrics import logs_this_step
 

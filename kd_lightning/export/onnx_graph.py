@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from kd_lightning.export.batches import Positional, input_names, tensors, two
+from kd_lightning.quantization.state import PARTS
 from kd_lightning.tasks.batch import Batch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_QUANTIZER = re.compile(r"\.(input|weight|output)_quantizer$")
+_QUANTIZER = re.compile(rf"\.({'|'.join(PARTS)})$")
 OPSET = 21
 """The first with 4-bit integers; ONNX Runtime 1.18 reads it."""
 
