@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.quantization.state import preparation_mismatch
+from kd_lightning.quantization.state import float_weights, preparation_mismatch
 
 
-def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str, Tensor]:
+def load_student(path: str | PathLike[str], name: str | None = None, quantizers: bool = False) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of :class:`~kd_lightning.DistillationModule`: the bare student's state dict.
 
-    Reads plain state dicts too. Of a quantisation-aware training it fits a network that is prepared likewise.
+    Reads plain state dicts too. Of a quantisation-aware training it gives the weights in float, as they are before they
+    are rounded.
 
     Args:
         path: Of the file.
         name: Of one student among those in a checkpoint of :class:`~kd_lightning.MutualLearning`.
+        quantizers: Leave the quantisers' ranges among the weights, for a network that is prepared likewise.
 
     Raises:
         ValueError: For a file that is no checkpoint, is damaged, or holds more than tensors and plain values; for a
@@ -29,16 +31,13 @@ def load_student(path: str | PathLike[str], name: str | None = None) -> dict[str
 
         network.load_state_dict(load_student("last.ckpt"))
     """
-    content = load_checkpoint(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
-    if name is None:
-        return dict(state)
-    own = f"students.{name}."
-    if not any(key.startswith(own) for key in state):
-        raise ValueError(f"{path} holds no student {name!r}, expected one of {_students(state)}")
-    return {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+    state = _load_state(path)
+    if name is not None:
+        own = f"students.{name}."
+        if not any(key.startswith(own) for key in state):
+            raise ValueError(f"{path} holds no student {name!r}, expected one of {_students(state)}")
+        state = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+    return state if quantizers else float_weights(state)
 
 
 def load_checkpoint(path: str | PathLike[str]) -> Any:
@@ -75,13 +74,21 @@ def _reason(error: Exception) -> str:
     return f"expected a whole file with tensors and plain values, got: {first}; is it damaged, or of another program?"
 
 
+def _load_state(path: str | PathLike[str]) -> dict[str, Tensor]:
+    content = load_checkpoint(path)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
+    return dict(state)
+
+
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     """Load a checkpoint into a network, strictly; a common prefix of the checkpoint's names is taken off.
 
     Raises:
         ValueError: When names or shapes do not fit; nothing has been loaded then.
     """
-    state, expected = load_student(path), network.state_dict()
+    state, expected = _load_state(path), network.state_dict()
     found = {}
     for prefix in _prefixes(state, expected):
         inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

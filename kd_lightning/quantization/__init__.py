@@ -14,6 +14,7 @@ from kd_lightning.quantization.prepare import (
     spec_of,
 )
 from kd_lightning.quantization.spec import QuantizationSpec
+from kd_lightning.quantization.state import float_weights
 
 __all__ = [
     "LayerReport",
@@ -21,6 +22,7 @@ __all__ = [
     "calibrate",
     "check_ranges",
     "exportable",
+    "float_weights",
     "is_prepared",
     "prepare",
     "quantized_layers",

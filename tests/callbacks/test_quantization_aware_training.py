@@ -499,11 +499,36 @@ def test_a_checkpoint_of_the_other_kind_is_refused(files: dict[str, Path]) -> No
 
 def test_its_weights_load_into_a_prepared_network(files: dict[str, Path]) -> None:
     one, other = (prepare(network(seed=seed)) for seed in (5, 6))
-    one.load_state_dict(load_student(files["distilled quantised"]))
+    one.load_state_dict(load_student(files["distilled quantised"], quantizers=True))
     load_weights(other, files["distilled quantised"])
     assert all(q.enabled and q.observed for q in quantizers(one).values())
     x = samples(16)[0]
     assert torch.equal(one.eval()(x), other.eval()(x))
+
+
+def test_its_weights_in_float_load_into_the_plain_network(files: dict[str, Path]) -> None:
+    """They predict what the network that was trained predicts before it is rounded."""
+    x = samples(64)[0]
+    for name, plain, prefix in (("distilled", network(seed=5), ""), ("alone", Existing(), "net.")):
+        plain.load_state_dict(load_student(files[f"{name} quantised"]))
+        trained = prepare(network(seed=6))
+        load_weights(trained, files[f"{name} quantised"])
+        plain, trained = plain.get_submodule(prefix.rstrip(".")).eval(), trained.eval()
+        assert not torch.equal(plain(x), trained(x))
+        set_fake_quantization(trained, False)
+        assert torch.equal(plain(x), trained(x))
+
+
+def test_so_do_those_with_learned_scales_and_of_one_student_among_several(tmp_path: Path) -> None:
+    students = {"a": network(seed=1), "b": network(seed=2)}
+    module = MutualLearning(students, {"hard_label": HardLabel(), "kd": KD(1.0)}, sgd)
+    it = fit(module, qat(spec=QuantizationSpec(learned_scales=True), student="students.b"))
+    it.save_checkpoint(tmp_path / "last.ckpt")
+    plain, trained = network(seed=5), module.students["b"]
+    plain.load_state_dict(load_student(tmp_path / "last.ckpt", "b"))
+    set_fake_quantization(trained, False)
+    x = samples(64)[0]
+    assert torch.equal(plain.eval()(x), trained.eval()(x))
 
 
 def test_another_spec_is_refused(files: dict[str, Path]) -> None:
