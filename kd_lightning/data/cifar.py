@@ -74,7 +74,7 @@ class CIFAR(ImageData):
         else:
             raise ValueError(f"{self.file} is missing: pass download=True, or the folder it is in")
 
-    def read(self) -> dict[str, InMemory]:
+    def load_subsets(self) -> dict[str, InMemory]:
         self.prepare_data()
         images, labels, test_images, test_labels = self._read_archive()
         held_out, training = draw(

@@ -96,7 +96,7 @@ class FashionMNIST(ImageData):
         if self.whole:
             self._whole_set()
 
-    def read(self) -> dict[str, InMemory]:
+    def load_subsets(self) -> dict[str, InMemory]:
         arrays = read_whole_set(self._whole_set()) if self.whole else read_packaged()
         labels = arrays["train_labels"]
         if not 0 <= self.teacher_images <= len(labels):

@@ -23,7 +23,7 @@ class Subset(Protocol):
 
 
 class ImageData(LightningDataModule):
-    """Subsets by name, read once; a subclass says how, and which one its role trains on.
+    """Subsets by name, loaded once; a subclass says how, and which one its role trains on.
 
     Attributes:
         num_classes: Of the targets.
@@ -55,8 +55,8 @@ class ImageData(LightningDataModule):
         self.around: Sequence[Callable[[Any], Any]] = ()
         self._subsets: Mapping[str, Any] = {}
 
-    def read(self) -> Mapping[str, Subset]:
-        """Return all subsets, ``validation`` and ``test`` among them."""
+    def load_subsets(self) -> Mapping[str, Subset]:
+        """Return all subsets by name, ``validation`` and ``test`` among them."""
         raise NotImplementedError
 
     def training_set(self) -> Subset:
@@ -76,7 +76,7 @@ class ImageData(LightningDataModule):
         return {name: len(subset) for name, subset in self._subsets.items()}
 
     def setup(self, stage: str = "fit") -> None:
-        self._subsets = self._subsets or self.read()
+        self._subsets = self._subsets or self.load_subsets()
 
     def train_dataloader(self) -> DataLoader[Any]:
         training: Any = self.training_set()

@@ -122,7 +122,7 @@ class Numbered(ImageData):
     def __init__(self, num_workers: int) -> None:
         super().__init__(batch_size=6, eval_batch_size=6, num_workers=num_workers, role="distilled", seed=3)
 
-    def read(self):
+    def load_subsets(self):
         return {"train": numbered(augment=CropAndFlip(20, seed=3)), "validation": numbered(7), "test": numbered(7)}
 
 
