@@ -153,7 +153,7 @@ class DistillationModule(LightningModule):
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))
         if logs_this_step(self.trainer):
-            log_terms(self, self.objective, total, terms, teacher, batch_size=len(student.logits))
+            log_terms(self, self.objective, total, terms, teacher, len(student.logits), self.task)
         return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kd_lightning import Distillation, DistillationModule
 from kd_lightning.losses import CWD, DKD, KD, DistillationLoss, ForwardKL, HardLabel, Hint, kd
-from kd_lightning.tracking.metrics import relative_entropy
+from kd_lightning.tasks.base import relative_entropy
 from tests.losses.reference import wave
 from tests.tiny import loader, network, sgd, trainer
 

@@ -258,7 +258,7 @@ class Distillation(Callback):
         # Not in the step itself: the module may well log a "train/loss" of its own there, and twice is an error.
         step, self._pending = self._pending, None
         if step is not None:
-            log_terms(pl_module, self.objective, step.total, step.terms, step.teacher, step.batch_size)
+            log_terms(pl_module, self.objective, step.total, step.terms, step.teacher, step.batch_size, self.task)
 
     # In validation and test.
 

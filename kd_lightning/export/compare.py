@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kd_lightning.export.batches import part, tensors
 from kd_lightning.export.sessions import Session, open_session
-from kd_lightning.outputs import classes_last, run
-from kd_lightning.tasks.batch import Batch
+from kd_lightning.outputs import Outputs, run
+from kd_lightning.tasks import Batch, Task
 
 
 def in_two_batches(session: Session, batch: Batch) -> Tensor:
@@ -24,7 +24,7 @@ class Comparison(NamedTuple):
     """Of a file with the network, on the example.
 
     Attributes:
-        agreement: Share of the samples, tokens or pixels with the same best class.
+        agreement: Mean over the samples, tokens or pixels, in [0, 1], as the task tells it.
         max_difference: Of a logit.
         finite: Whether all logits of the file are numbers.
     """
@@ -34,10 +34,10 @@ class Comparison(NamedTuple):
     finite: bool
 
 
-def compare(expected: Tensor, got: Tensor) -> Comparison:
-    same = classes_last(expected).argmax(-1) == classes_last(got).argmax(-1)
+def compare(expected: Tensor, got: Tensor, task: Task) -> Comparison:
+    answers = (task.answers(task.arranged(Outputs(logits))) for logits in (expected, got))
     finite = bool(torch.isfinite(got).all())
-    return Comparison(float(same.float().mean()), float((got - expected).abs().max()), finite)
+    return Comparison(float(task.agreement(*answers).mean()), float((got - expected).abs().max()), finite)
 
 
 def worst_layer(network: nn.Module, batch: Batch, path: Path, runtime: str, layers: Mapping[str, str]) -> str:

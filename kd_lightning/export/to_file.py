@@ -17,9 +17,11 @@ from kd_lightning.export.metadata import check_normalisation, metadata_of
 from kd_lightning.export.writers import WRITERS, Job, Written
 from kd_lightning.outputs import class_dim, run
 from kd_lightning.quantization import is_prepared, set_fake_quantization, spec_of
+from kd_lightning.tasks import Task, or_classification
 
 LEAST_AGREEMENT = {"float32": 1.0, "float16": 0.99, "int8": 0.98, "int8_dynamic": 0.95, "int4": 0.9}
-"""Share of the example's samples with the same best class. A prepared network is compared as it fake-quantises."""
+"""Agreement on the example's samples. A prepared network is compared as it fake-quantises."""
+_LEAST_OF_NUMBERS = 0.99  # whose answers, no classes, are never the very same
 _MOST_DIFFERENCE = {"float32": 1e-3, "float16": 5e-2}  # of the largest logit
 
 
@@ -30,7 +32,7 @@ class ExportReport:
     Attributes:
         path: Of the file.
         bytes: Of all files.
-        agreement: Share of the samples, tokens or pixels with the same best class.
+        agreement: Mean over the samples, tokens or pixels, in [0, 1]: of classes, the share with the same best one.
         max_difference: Of a logit.
         operators: How many of each kind are in the file.
     """
@@ -54,6 +56,7 @@ def export(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     least_agreement: float | None = None,
+    task: Task | None = None,
 ) -> ExportReport:
     """Write a student, for batches of any size, and compare the file with it before it takes its name.
 
@@ -73,7 +76,9 @@ def export(
         classes: Names, in the order of the logits. With ``mean`` and ``std``, in the file's metadata.
         mean: Subtracted from the inputs: one number for each channel, or one for all.
         std: Likewise, what they were then divided by.
-        least_agreement: Share of the samples whose best class must stay; see ``LEAST_AGREEMENT``.
+        least_agreement: Least agreement of file and network on the example; see ``LEAST_AGREEMENT``.
+        task: Says what the outputs mean, and so what agreement is; :class:`~kd_lightning.tasks.Classification` unless
+            given.
 
     Raises:
         ImportError: Where a package is missing.
@@ -87,7 +92,10 @@ def export(
     """
     path = Path(path)
     check_format(format, precision, path)
-    least = LEAST_AGREEMENT[precision] if least_agreement is None else least_agreement
+    task = or_classification(task)
+    least = least_agreement
+    if least is None:
+        least = LEAST_AGREEMENT[precision] if task.over_classes else min(LEAST_AGREEMENT[precision], _LEAST_OF_NUMBERS)
     if not 0 <= least <= 1:
         raise ValueError(f"expected least_agreement to be a share, from 0 to 1, got {least}")
     student = getattr(student, "_orig_mod", student)  # what torch.compile has wrapped
@@ -100,7 +108,7 @@ def export(
     with new_files(path) as folder:
         job = Job(network, batch, precision, metadata, folder / path.name, path)
         written = WRITERS[format](job)
-        found = compare(expected, in_two_batches(written.session, batch))
+        found = compare(expected, in_two_batches(written.session, batch), task)
         _check_agreement(student, format, job, written, found, least, expected)
         size = sum(file.stat().st_size for file in folder.iterdir())
     return ExportReport(path, size, found.agreement, found.max_difference, written.operators)
@@ -149,8 +157,8 @@ def _check_agreement(
     if runtime and not overflow:  # whose layers, asked for their outputs, are computed in float, and do not overflow
         where = f"; {worst_layer(job.network, job.batch, job.file, runtime, written.layers)}"
     raise ValueError(
-        f"{job.path.name} in {job.precision} gives the same class as {type(student).__name__} for "
-        f"{found.agreement:.1%} of the {len(logits)} samples, its logits differ by {found.max_difference:.2g} at most; "
-        f"expected {least:.1%}"
+        f"{job.path.name} in {job.precision} agrees with {type(student).__name__} on "
+        f"{found.agreement:.1%} of the {len(logits)} samples, its outputs differ by {found.max_difference:.2g} at "
+        f"most; expected {least:.1%}"
         f"{f' and {most:.2g}' if most < float('inf') else ''}{where}. Nothing was written: {remedy}"
     )

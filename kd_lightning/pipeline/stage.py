@@ -33,8 +33,8 @@ from kd_lightning.pipeline.teaching import teacher_for
 from kd_lightning.preflight import dry_run
 from kd_lightning.quantization import prepare
 from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks.base import relative_entropy
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import relative_entropy
 from kd_lightning.tracking.runs import is_rank_zero
 
 _STEPS_BETWEEN_CHECKPOINTS = 50

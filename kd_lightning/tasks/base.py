@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, classes_last
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
@@ -134,6 +134,10 @@ class Task:
         """Tell whether two networks' answers can agree: not where they tell other classes apart."""
         return teacher.top_k is not None or student.logits.shape == teacher.logits.shape
 
+    def entropy(self, logits: Tensor, temperature: float = 1.0) -> Tensor | None:
+        """Return the entropy of soft targets as a share of the largest possible; None where there are none."""
+        return relative_entropy(logits, temperature) if self.over_classes else None
+
     def metrics(self) -> MetricCollection:
         """Make what is logged in validation and test; each metric is updated with outputs and target."""
         return MetricCollection({self.headline.key: HeadlineMetric(self)}, compute_groups=False)
@@ -177,3 +181,12 @@ class Task:
             names: Those of the classes, where the data names them.
         """
         return {}
+
+
+def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(z / T) as a share of log C, averaged over samples, tokens or pixels.
+
+    0 is a hard label, 1 the uniform distribution.
+    """
+    log_p = torch.log_softmax(classes_last(logits).float() / temperature, -1)
+    return -(log_p.exp() * log_p).sum(-1).mean() / math.log(log_p.shape[-1])

@@ -1,6 +1,5 @@
 """The names under which a distillation is logged, whichever front door it came through."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective, Term
-from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import HeadlineMetric, Task
 
 
@@ -26,6 +25,7 @@ def log_terms(
     terms: Mapping[str, Term],
     teacher: Outputs | None,
     batch_size: int,
+    task: Task,
 ) -> None:
     """Log the total, each term raw and weighted, the temperature, and the entropy of the teacher's soft targets.
 
@@ -41,7 +41,9 @@ def log_terms(
         values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
     if teacher is not None and teacher.top_k is None:
         temperature = next(iter(temperatures.values()), 1.0)
-        values["kd/teacher_entropy"] = relative_entropy(teacher.softened(temperature).logits, temperature)
+        entropy = task.entropy(teacher.softened(temperature).logits, temperature)
+        if entropy is not None:
+            values["kd/teacher_entropy"] = entropy
     module.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
     module.log_dict(values, batch_size=batch_size)
 
@@ -76,12 +78,3 @@ class TeacherScores:
             metric.update(outputs, target)
             if metric.count:
                 module.log(key, metric, on_step=False, on_epoch=True, metric_attribute=key)
-
-
-def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of softmax(z / T) as a share of log C, averaged over samples, tokens or pixels.
-
-    0 is a hard label, 1 the uniform distribution.
-    """
-    log_p = torch.log_softmax(classes_last(logits).float() / temperature, -1)
-    return -(log_p.exp() * log_p).sum(-1).mean() / math.log(log_p.shape[-1])

@@ -26,8 +26,8 @@ from kd_lightning.pipeline.stage import run_stage
 from kd_lightning.pipeline.stage_folder import Finished
 from kd_lightning.preflight import dry_run
 from kd_lightning.tasks import Classification
+from kd_lightning.tasks.base import relative_entropy
 from kd_lightning.teachers import Teacher
-from kd_lightning.tracking.metrics import relative_entropy
 
 LAYERS = ("block3", "block4", "hidden")
 """Of the teacher, whose outputs are remembered."""

@@ -16,8 +16,8 @@ from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Members, Outputs, classes_last
 from kd_lightning.schedules import linear
 from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks.base import relative_entropy
 from kd_lightning.teachers import Ensemble, FromBatch, Momentum
-from kd_lightning.tracking.metrics import relative_entropy
 from tests.losses.reference import softmax, wave
 from tests.tiny import (
     CLASSES,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_lightning.tracking.metrics import relative_entropy
+from kd_lightning.tasks.base import relative_entropy
 from tests.losses.reference import softmax, wave
 
 LOGITS = wave((8, 10), 1.3, 0.5)
