@@ -104,7 +104,7 @@ class Distillation(Callback):
         self.objective = DistillationObjective(losses)
         if "task" in losses:
             raise ValueError("'task' is the name of the module's own loss: give this one another")
-        self.student, self.task_weight = student, task_weight
+        self.student_name, self.task_weight = student, task_weight
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
@@ -119,7 +119,7 @@ class Distillation(Callback):
         self._resumption = Resumption()
         self._divergence = Divergence()
         check_parts(self.teacher, self.objective)
-        if self.teacher.learns and logits is not None:
+        if self.teacher.copies_student and logits is not None:
             raise ValueError(
                 f"{type(self.teacher).__name__} calls a copy of the student, whose output are the logits, got "
                 f"logits={logits!r}: name as student= a network that returns them"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_lightning.callbacks.distillation import Distillation
 from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import find_layer
@@ -31,6 +30,14 @@ from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
 from kd_lightning.quantization.state import preparation_mismatch
 from kd_lightning.teachers import TeacherSource
 from kd_lightning.tracking.metrics import logs_this_step
+
+
+@runtime_checkable
+class _TrainsStudent(Protocol):
+    """What a callback says that trains one network of the module, as ``Distillation`` does."""
+
+    student_name: str
+    teacher: TeacherSource
 
 
 class QuantizationAwareTraining(Callback):
@@ -105,7 +112,7 @@ class QuantizationAwareTraining(Callback):
             pl_module.configure_model()
         network = self._find(trainer, pl_module)
         if not is_prepared(network):
-            for teacher in _averaging_teachers(trainer, pl_module):
+            for teacher in _copying_teachers(trainer, pl_module):
                 teacher.prepare(network)  # its copy is in float, whichever comes first in callbacks
             with _without_losses(network):
                 prepare(network, self.spec)
@@ -208,8 +215,7 @@ class QuantizationAwareTraining(Callback):
         return self.learning_rate_factor if self._phase is not None and self._phase[0] else 1.0
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> nn.Module:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        name = self.student or next((c.student for c in callbacks if isinstance(c, Distillation)), "")
+        name = self.student or next((c.student_name for c in _training_callbacks(trainer)), "")
         if not name and isinstance(getattr(pl_module, "student", None), nn.Module):
             name = "student"
         try:
@@ -233,10 +239,14 @@ def _average_ranges(trainer: Trainer, found: list[Quantizer]) -> None:
         torch._foreach_copy_(buffers, list(mean.unbind()))
 
 
-def _averaging_teachers(trainer: Trainer, module: LightningModule) -> list[TeacherSource]:
+def _training_callbacks(trainer: Trainer) -> list[_TrainsStudent]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    teachers = [c.teacher for c in callbacks if isinstance(c, Distillation)] + [getattr(module, "teacher", None)]
-    return [teacher for teacher in teachers if isinstance(teacher, TeacherSource) and teacher.learns]
+    return [callback for callback in callbacks if isinstance(callback, _TrainsStudent)]
+
+
+def _copying_teachers(trainer: Trainer, module: LightningModule) -> list[TeacherSource]:
+    teachers = [*(callback.teacher for callback in _training_callbacks(trainer)), getattr(module, "teacher", None)]
+    return [teacher for teacher in teachers if isinstance(teacher, TeacherSource) and teacher.copies_student]
 
 
 def _check_time(name: str, time: float | int) -> None:

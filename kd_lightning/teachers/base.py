@@ -20,14 +20,17 @@ class TeacherSource:
         network: For losses that look into the teacher; None where only its outputs can be reached.
         in_batch: Whether its outputs are parts of bare batches, to be taken out before anybody's ``training_step`` sees
             them; see :func:`~kd_lightning.tasks.batch.taught`.
-        learns: Whether it starts as the student and changes with it: nothing is wrong with it when it is at chance
-            before training, and it is scored in each validation.
+        learns: Whether it changes with the student: nothing is wrong with it when it is at chance before training, and
+            it is scored in each validation.
+        copies_student: Whether :meth:`prepare` copies the student as it is then: what changes the student's layers
+            later, and is not to reach the copy, calls it first.
         scheduled: Whether :meth:`after_step` goes by the progress, so that the length of the training has to be known.
     """
 
     network: nn.Module | None = None
     in_batch = False
     learns = False
+    copies_student = False
     scheduled = False
 
     def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:

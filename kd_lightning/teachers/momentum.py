@@ -47,6 +47,7 @@ class Momentum(TeacherSource):
     """
 
     learns = True
+    copies_student = True
 
     def __init__(self, decay: float | Schedule = 0.999) -> None:
         self.decay = decay
