@@ -5,9 +5,10 @@ import math
 from lightning.pytorch import Trainer
 
 
-def progress(trainer: Trainer) -> float:
-    """Return the share of the optimizer steps taken, in [0, 1]."""
-    return min(trainer.global_step / max(trainer.estimated_stepping_batches, 1), 1.0)
+def progress(trainer: Trainer, steps: int | None = None) -> float:
+    """Return the share of the optimizer steps taken, in [0, 1]; or that of a number of steps."""
+    taken = trainer.global_step if steps is None else steps
+    return min(taken / max(trainer.estimated_stepping_batches, 1), 1.0)
 
 
 def check_length_is_known(trainer: Trainer) -> None:

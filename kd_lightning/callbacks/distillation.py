@@ -36,7 +36,7 @@ from kd_lightning.preflight import (
     samples_needed,
     warn_of_missing_classes,
 )
-from kd_lightning.progress import check_length_is_known
+from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.student_calls import Seen, StudentCalls
@@ -108,7 +108,7 @@ class Distillation(Callback):
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
-        self._batches = _Batches(self.task, teacher_inputs, target, labels_needed, self._unwrapped)
+        self._batches = _Batches(self.task, teacher_inputs, target, labels_needed, self._unwrap)
         self._calls = StudentCalls(student, logits, inputs=teacher_inputs is None)
         self._undo = ExitStack()
         self._rehearsal: Rehearsal | None = None
@@ -154,7 +154,7 @@ class Distillation(Callback):
         # torch.compile(module) has put a step of its own on the instance; otherwise the class has it.
         own = vars(pl_module).get("training_step")
         self._undo.callback(_restore_step, pl_module, own)
-        pl_module.training_step = self._around(pl_module, pl_module.training_step)  # type: ignore[method-assign]
+        pl_module.training_step = self._distilling_step(pl_module, pl_module.training_step)  # type: ignore[method-assign]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         begin_with_next_epoch(trainer, checkpoint)
@@ -193,7 +193,7 @@ class Distillation(Callback):
             self._rehearsal.module.to(pl_module.device)
             read: Callable[[Any], Batch] = self._batches.read
             if self._calls.inputs:
-                read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrapped)
+                read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrap)
             check_teacher_score(pl_module, self.teacher, self.task, read)
         self._rehearsal = None
 
@@ -206,11 +206,11 @@ class Distillation(Callback):
 
     # In training.
 
-    def _around(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
+    def _distilling_step(self, module: LightningModule, training_step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(training_step)
         def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            around = self._unwrapped(batch)
-            batch = around.batch
+            unwrapped = self._unwrap(batch)
+            batch = unwrapped.batch
             try:
                 with self._calls.watch(module, self.objective.student_layers, once=True) as seen:
                     result = training_step(batch, *args, **kwargs)
@@ -221,22 +221,22 @@ class Distillation(Callback):
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if task_loss is None:
                 return result  # Lightning has its say about a mapping without a loss
-            total = self._distil(module, around, seen, task_loss)
+            total = self._distil(module, unwrapped, seen, task_loss)
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
         return step
 
-    def _distil(self, module: LightningModule, around: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
-        student = self.task.arranged(Outputs(seen.logits, seen.features, around.samples))
+    def _distil(self, module: LightningModule, unwrapped: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
+        student = self.task.arranged(Outputs(seen.logits, seen.features, unwrapped.samples))
         teacher = None
         if self.objective.needs_teacher:
-            teacher = self.teacher(self._batch_of_teacher(around, seen), self.objective.teacher_layers)
+            teacher = self.teacher(self._batch_of_teacher(unwrapped, seen), self.objective.teacher_layers)
             teacher = self.task.arranged(teacher)
         total: Tensor
-        total, terms = self.objective(student, teacher, self._batches.target(around.batch))
+        total, terms = self.objective(student, teacher, self._batches.target(unwrapped.batch))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
-        whole = Batch(seen.inputs[0] if seen.inputs else (around.batch,), {}, None)
+        whole = Batch(seen.inputs[0] if seen.inputs else (unwrapped.batch,), {}, None)
         every = {**terms, "task": Term(task_loss, task_loss)}
         network = self._calls.student_of(module)
         self._divergence.watch(module.trainer, total, lambda: parts_of(whole, network, student, teacher, every))
@@ -252,8 +252,7 @@ class Distillation(Callback):
     ) -> None:
         if trainer.global_step > self._steps:  # gradients may be accumulated over several batches
             if self.teacher.learns:
-                share = self._steps / max(trainer.estimated_stepping_batches, 1)
-                self.teacher.after_step(self._calls.student_of(pl_module), min(share, 1.0))
+                self.teacher.after_step(self._calls.student_of(pl_module), progress(trainer, self._steps))
             self._steps = trainer.global_step
         # Not in the step itself: the module may well log a "train/loss" of its own there, and twice is an error.
         step, self._pending = self._pending, None
@@ -308,8 +307,8 @@ class Distillation(Callback):
         seen, self._seen = self._seen, Seen()
         if not seen.outputs or (self._calls.inputs and not seen.inputs):
             return  # how the module validates is its own affair
-        around = self._unwrapped(batch)
-        of_teacher = self._batch_of_teacher(around, seen)
+        unwrapped = self._unwrap(batch)
+        of_teacher = self._batch_of_teacher(unwrapped, seen)
         if not self.teacher.can_teach(of_teacher):
             return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
@@ -321,7 +320,7 @@ class Distillation(Callback):
         if same.numel():
             name = f"{prefix}/agreement"
             module.log(name, same.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=same.numel())
-        target = self._batches.target_or_none(around.batch) if prefix == "val" else None
+        target = self._batches.target_or_none(unwrapped.batch) if prefix == "val" else None
         if target is not None and self._batches.fits(target, teacher):
             self._teacher_scores.log(module, teacher, target, dataloader_idx)
 
@@ -355,8 +354,8 @@ class Distillation(Callback):
         loader = training_loader(module)
         batches = training_batches(module, loader=loader)
         raw, first = first_batch(batches, self.objective, self.task, self._batches.read)
-        around = self._unwrapped(raw)
-        raw = around.batch
+        unwrapped = self._unwrap(raw)
+        raw = unwrapped.batch
         batch = few(raw, samples_needed(self.objective))
         try:
             seen = rehearsal.run(batch, self.objective.student_layers)
@@ -370,13 +369,13 @@ class Distillation(Callback):
         check_trainable(self._calls.student_of(rehearsal.module))
         if self.task.gives_logits:
             check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
-        around = _first(around, len(seen.logits))._replace(batch=batch)
-        of_teacher = self._batch_of_teacher(around, seen)
+        unwrapped = _first(unwrapped, len(seen.logits))._replace(batch=batch)
+        of_teacher = self._batch_of_teacher(unwrapped, seen)
         check_source(self.teacher, of_teacher)
         self.teacher.prepare(attached)
         teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
         features = {name: x.detach() for name, x in seen.features.items()}
-        student = self.task.arranged(Outputs(seen.logits.detach(), features, around.samples))
+        student = self.task.arranged(Outputs(seen.logits.detach(), features, unwrapped.samples))
         target = self._batches.target(batch)
         check_outputs(self.objective, student, teacher, self.task)
         if first.target is not None and need_labels(self.objective):
@@ -398,12 +397,12 @@ class Distillation(Callback):
             return copied
         return student if dict(student.named_modules()).keys() == dict(copied.named_modules()).keys() else copied
 
-    def _unwrapped(self, batch: Any) -> Unwrapped:
+    def _unwrap(self, batch: Any) -> Unwrapped:
         return unwrapped(batch, bare=self.teacher.in_batch)
 
-    def _batch_of_teacher(self, around: Unwrapped, seen: Seen) -> Batch:
-        args, kwargs = seen.inputs[0] if self._calls.inputs else self._batches.arguments(around.batch)
-        return Batch(args, kwargs, None, around.samples, around.teacher)
+    def _batch_of_teacher(self, unwrapped: Unwrapped, seen: Seen) -> Batch:
+        args, kwargs = seen.inputs[0] if self._calls.inputs else self._batches.arguments(unwrapped.batch)
+        return Batch(args, kwargs, None, unwrapped.samples, unwrapped.teacher)
 
     def _place_teacher(self, module: LightningModule) -> None:
         student = self._calls.student_of(module)
@@ -471,10 +470,10 @@ class _Batches:
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
-def _first(around: Unwrapped, count: int) -> Unwrapped:
-    """Cut what was put around a batch to its first samples."""
-    samples, teacher = apply_to_collection((around.samples, around.teacher), Tensor, lambda x: x[:count])
-    return around._replace(samples=samples, teacher=teacher)
+def _first(unwrapped: Unwrapped, count: int) -> Unwrapped:
+    """Cut what came with a batch to its first samples."""
+    samples, teacher = apply_to_collection((unwrapped.samples, unwrapped.teacher), Tensor, lambda x: x[:count])
+    return unwrapped._replace(samples=samples, teacher=teacher)
 
 
 class _Skipped(Exception):  # noqa: N818
