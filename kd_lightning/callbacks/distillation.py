@@ -384,6 +384,8 @@ class Distillation(Callback):
             self.task.check(first.target, student.logits)
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)
+        else:
+            self.task.check_dimensions(student.logits, first.target if isinstance(first.target, Tensor) else None)
         self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         check_top_k(first.teacher, classes_of(student))

@@ -71,6 +71,8 @@ def dry_run(
     check_outputs(objective, first, teacher_outputs, task)
     if batch.target is not None and (need_labels(objective) or classes_of(first) > 1):
         task.check(batch.target, first.logits)
+    else:
+        task.check_dimensions(first.logits, batch.target)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
     built = student_outputs() if objective.changes_student else first
     compute_once(objective, built, teacher_outputs, few.target)

@@ -106,6 +106,12 @@ class Task:
         """
         raise NotImplementedError
 
+    def check_dimensions(self, logits: Tensor, target: Tensor | None) -> None:
+        """Raise ValueError for outputs of which neither the task nor a target tells which dimension is what.
+
+        Also asked where no loss reads the target, which may then be none that :meth:`check` knows.
+        """
+
     def refuses(self, loss: nn.Module) -> str | None:
         """Say why a loss means nothing here, and which to take; None for a loss that does."""
         if self.over_classes or not getattr(loss, "over_classes", False):

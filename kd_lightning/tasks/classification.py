@@ -126,15 +126,24 @@ class Classification(Task):
                 "sample: set num_classes to that of the data set, or map the labels"
             )
 
+    def check_dimensions(self, logits: Tensor, target: Tensor | None) -> None:
+        """Raise ValueError for logits that may be (B, C, L) or (B, S, C), where labels (B, S) do not tell."""
+        if logits.ndim != 3 or self.class_dim is not None:
+            return
+        if target is not None and target.is_floating_point():
+            return  # probabilities of the logits' shape, or what no class is read of
+        if target is not None and target.shape[1:] == logits.shape[1:2] != logits.shape[2:]:
+            return
+        given = "no labels" if target is None else f"labels {_each(target.shape)}"
+        raise ValueError(
+            f"the logits {_each(logits.shape)} have {given}, which do not tell the dimension of the classes, expected "
+            "it to be named: pass task=Classification(class_dim=2) for (B, S, C), or class_dim=1 for (B, C, L)"
+        )
+
     def _check_shape(self, target: Tensor, logits: Tensor) -> None:
         expected = classes_last(logits).shape[1:-1]
         if target.shape[1:] == expected:
-            if logits.ndim == 3 and self.class_dim is None and logits.shape[1] == logits.shape[2]:
-                raise ValueError(
-                    f"the logits {_each(logits.shape)} and labels {_each(target.shape)} do not tell which dimension is "
-                    "that of the classes, expected it to be named: pass task=Classification(class_dim=2) for "
-                    "(B, S, C), or class_dim=1 for (B, C, L)"
-                )
+            self.check_dimensions(logits, target)
             return
         remedy = "pass one class index for each"
         if logits.ndim == 3 and target.shape[1:] == logits.shape[2:]:

@@ -112,9 +112,14 @@ def test_classes_whose_dimension_labels_do_not_tell_are_refused() -> None:
     with pytest.raises(ValueError, match=r"where the classes are the second dimension.*Classification\(class_dim=1\)"):
         Classification().check(torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 5, 3))
     square, target = torch.randn(2, 3, 3), torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"do not tell which dimension is that of the classes"):
+    with pytest.raises(ValueError, match=r"have labels \(N, 3\), which do not tell the dimension of the classes"):
         Classification().check(target, square)
     Classification(class_dim=2).check(target, square)
+    with pytest.raises(ValueError, match="have no labels, which do not tell the dimension"):
+        Classification().check_dimensions(torch.randn(2, 5, 3), None)
+    with pytest.raises(ValueError, match=r"pass task=Classification\(class_dim=2\)"):
+        Classification().check_dimensions(torch.randn(2, 5, 3), torch.zeros(2, 3, dtype=torch.long))
+    Classification().check_dimensions(torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="expected class_dim to be 1"):
         Classification(class_dim=0)
 
