@@ -69,7 +69,7 @@ class MutualLearning(LightningModule):
     ) -> None:
         super().__init__()
         objective = DistillationObjective(losses)
-        _check(students, losses)
+        _check(students, objective)
         check_factories(optimizer, scheduler)
         self.students = nn.ModuleDict(students)
         self.objectives = nn.ModuleDict({name: copy.deepcopy(objective) for name in students})
@@ -189,23 +189,24 @@ class _Peer(TeacherSource):
         return dry_forward(f"student {self.name!r}", self.student, batch.args, batch.kwargs, layers)
 
 
-def _check(students: Mapping[str, nn.Module], losses: Mapping[str, DistillationLoss]) -> None:
+def _check(students: Mapping[str, nn.Module], objective: DistillationObjective) -> None:
     if len(students) < 2 or len({id(student) for student in students.values()}) < len(students):
         raise ValueError(
             f"expected two or more students, each a network of its own, got {list(students)}: pass for instance "
             "students={'a': network, 'b': other}"
         )
+    losses = objective.named_losses()
     looking = [
         name
         for name, loss in losses.items()
-        if loss.student_layers or loss.teacher_layers or loss.needs_teacher_network or loss.changes_student
+        if loss.student_layers or loss.teacher_layers or loss.needs_teacher_network or name in objective.changing_losses
     ]
     if looking:
         raise ValueError(
             f"losses {looking} read layers or look into a network, expected losses on logits: students learn from each "
             "other's predictions; leave them out"
         )
-    if losses and not any(loss.needs_teacher for loss in losses.values()):
+    if not objective.needs_teacher:
         raise ValueError(
             f"losses {list(losses)} compare nothing with a peer, expected one that does, such as 'kd': KD()"
         )

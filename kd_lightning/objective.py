@@ -67,8 +67,9 @@ class DistillationObjective(nn.Module):
         return any(loss.needs_teacher for loss in self.named_losses().values())
 
     @property
-    def changes_student(self) -> bool:
-        return any(loss.changes_student for loss in self.named_losses().values())
+    def changing_losses(self) -> dict[str, DistillationLoss]:
+        """The losses that change the student's architecture, before it is trained."""
+        return {name: loss for name, loss in self.named_losses().items() if loss.changes_student}
 
     def temperatures(self) -> dict[str, float]:
         """Return the current temperature of each loss that has one."""

@@ -124,7 +124,7 @@ class Distillation(Callback):
                 f"{type(self.teacher).__name__} calls a copy of the student, whose output are the logits, got "
                 f"logits={logits!r}: name as student= a network that returns them"
             )
-        changing = [name for name, loss in self.objective.named_losses().items() if loss.changes_student]
+        changing = list(self.objective.changing_losses)
         if changing:
             raise ValueError(
                 f"losses {changing} change the student's architecture, expected a module that stays as it is: take "

@@ -118,10 +118,12 @@ class QuantizationAwareTraining(Callback):
                 prepare(network, self.spec)
                 rank_zero_info(_summary(network))
         objective = find_objective(pl_module)
-        if before and objective and objective.changes_student and _further(pl_module, before):
+        changing = objective.changing_losses.values() if objective is not None else ()
+        if before and changing and _further(pl_module, before):
+            by_hand = ", ".join(f"{type(loss).__name__}.change" for loss in changing)
             raise ValueError(
                 "a loss has changed the student after it was prepared, expected it to do so before: fit first, or "
-                "change the student by hand (SimKD.change) before validate and test"
+                f"change the student by hand ({by_hand}) before validate and test"
             )
         if spec_of(network) != self.spec:
             raise ValueError(

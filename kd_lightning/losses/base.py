@@ -45,7 +45,7 @@ class DistillationLoss(nn.Module):
     compares_samples = False
     """Whether a sample's loss depends on the others in the batch, so that it is another in batches of another size."""
     changes_student = False
-    """Whether :meth:`attach` changes the student's architecture."""
+    """Whether :meth:`attach` changes the student's architecture; ``change`` does so by hand."""
     min_batch_size = 1
 
     def __init__(
@@ -62,6 +62,12 @@ class DistillationLoss(nn.Module):
         self.student_layers = tuple(student_layers)
         self.teacher_layers = self.student_layers if teacher_layers is None else tuple(teacher_layers)
         self.gather = gather
+
+    def take_after(self, loss: "DistillationLoss") -> None:
+        """Need and change what another loss does, which this one computes with."""
+        for name, value in vars(DistillationLoss).items():
+            if isinstance(value, int) and not name.startswith("_"):
+                setattr(self, name, getattr(loss, name))
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         """Create the parameters whose shapes follow from the networks' outputs. Called once; nothing by default."""

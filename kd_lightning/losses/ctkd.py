@@ -51,12 +51,7 @@ class CurriculumTemperature(DistillationLoss):
         self.loss = loss
         self.minimum, self.span, self.strength = minimum, span, strength
         self.theta = nn.Parameter(torch.tensor(1.0))
-        self.needs_labels, self.needs_teacher = loss.needs_labels, loss.needs_teacher
-        self.needs_sample_ids, self.needs_same_classes = loss.needs_sample_ids, loss.needs_same_classes
-        self.compares_samples, self.changes_student = loss.compares_samples, loss.changes_student
-        self.takes_top_k, self.needs_teacher_network = loss.takes_top_k, loss.needs_teacher_network
-        self.over_classes = loss.over_classes
-        self.min_batch_size = loss.min_batch_size
+        self.take_after(loss)
 
     @property
     def temperature(self) -> Tensor:

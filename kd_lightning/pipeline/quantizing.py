@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.configuration.arguments import explained
 from kd_lightning.export.metadata import check_normalisation
-from kd_lightning.objective import find_objective
+from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.pipeline.recipe import Quantizing, Recipe
 from kd_lightning.pipeline.serving import described
 from kd_lightning.pipeline.stage_folder import Finished
@@ -143,7 +143,7 @@ def check_can_be_quantized(recipes: Iterable[Recipe], settings: QuantizedStage) 
     """
     checked = []
     for recipe in recipes:
-        changing = [name for name, loss in recipe.losses().items() if loss.changes_student]
+        changing = list(DistillationObjective(recipe.losses()).changing_losses)
         if recipe.role == "distilled" and changing:
             raise ValueError(
                 f"quantized: losses {changing} of {recipe.name} change the student's architecture, so it cannot go on "

@@ -200,7 +200,7 @@ def _make(
 
 def _architecture(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> nn.Module:
     network, objective = recipe.network(), DistillationObjective(recipe.losses())
-    if recipe.is_taught and objective.changes_student:
+    if recipe.is_taught and objective.changing_losses:
         data.prepare_data()
         batches = loader_batches(data.train_dataloader())
         source = Teacher(teacher.network()) if teacher is not None else recipe.source()

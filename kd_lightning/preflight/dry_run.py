@@ -74,7 +74,7 @@ def dry_run(
     else:
         task.check_dimensions(first.logits, batch.target)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
-    built = student_outputs() if objective.changes_student else first
+    built = student_outputs() if objective.changing_losses else first
     compute_once(objective, built, teacher_outputs, few.target)
     check_top_k(batch.teacher, classes_of(first))
     return classes_of(first)

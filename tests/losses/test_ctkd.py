@@ -42,7 +42,8 @@ class Labelled(DistillationLoss):
     """A loss that needs everything that one can need."""
 
     needs_labels = needs_sample_ids = compares_samples = changes_student = True
-    needs_same_classes = needs_teacher = False
+    takes_top_k = needs_teacher_network = True
+    needs_same_classes = needs_teacher = over_classes = False
     min_batch_size = 5
 
     def __init__(self) -> None:
@@ -192,8 +193,9 @@ def test_what_the_other_loss_needs_is_passed_on() -> None:
     inner = Labelled()
     loss = CurriculumTemperature(inner, weight=0.5)
     names = ("needs_labels", "needs_sample_ids", "compares_samples", "changes_student", "gather", "needs_same_classes")
-    for name in (*names, "needs_teacher", "min_batch_size", "student_layers", "teacher_layers"):
-        assert getattr(loss, name) == getattr(inner, name)
+    more = ("takes_top_k", "over_classes", "needs_teacher_network")
+    for name in (*names, *more, "needs_teacher", "min_batch_size", "student_layers", "teacher_layers"):
+        assert getattr(loss, name) == getattr(inner, name), name
     assert loss.weight == 0.5
     networks = nn.Linear(1, 1), nn.Linear(1, 1)
     loss.build(Outputs(STUDENT), Outputs(TEACHER))
