@@ -212,6 +212,15 @@ def test_one_output_has_no_softmax(fit: Fit) -> None:
     assert fit(with_labels(torch.zeros(24).long()), {"mse": LogitsMSE()}, **one).global_step == 3
 
 
+@pytest.mark.parametrize("fit", DOORS)
+def test_targets_of_another_task_are_told_where_no_loss_reads_them(fit: Fit) -> None:
+    several = (torch.arange(24 * CLASSES).reshape(24, CLASSES) % 2).float()
+    assert "pass task=MultiLabel()" in message_of(fit, with_labels(several), losses={"kd": KD()})
+    one = {"student": network(classes=1), "teacher": network(1, classes=1)}
+    told = message_of(fit, with_labels(torch.rand(24, 1)), losses={"mse": LogitsMSE()}, **one)
+    assert "pass task=Regression() for a quantity" in told
+
+
 def test_what_is_no_network_is_named() -> None:
     with pytest.raises(ValueError, match=r"expected a network \(nn.Module\) as student, got a Teacher: a teacher goes"):
         distillation(Teacher(network()), network(1))

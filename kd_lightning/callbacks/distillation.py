@@ -385,7 +385,10 @@ class Distillation(Callback):
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)
         else:
-            self.task.check_dimensions(student.logits, first.target if isinstance(first.target, Tensor) else None)
+            given = first.target if isinstance(first.target, Tensor) else None
+            self.task.check_dimensions(student.logits, given)
+            if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
+                self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         check_top_k(first.teacher, classes_of(student))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs
-from kd_lightning.preflight.batches import check_precision, check_source, first_batch, need_labels, take
+from kd_lightning.preflight.batches import check_precision, check_source, first_batch, take
 from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
@@ -69,10 +69,9 @@ def dry_run(
         teacher_outputs = task.arranged(teacher.dry(few, objective.teacher_layers))
     check_class_names(class_names, first.logits)
     check_outputs(objective, first, teacher_outputs, task)
-    if batch.target is not None and (need_labels(objective) or classes_of(first) > 1):
+    if batch.target is not None:
         task.check(batch.target, first.logits)
-    else:
-        task.check_dimensions(first.logits, batch.target)
+    task.check_dimensions(first.logits, batch.target)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
     built = student_outputs() if objective.changing_losses else first
     compute_once(objective, built, teacher_outputs, few.target)

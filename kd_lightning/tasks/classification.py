@@ -113,6 +113,11 @@ class Classification(Task):
                 "its class in the data set"
             )
         classes = logits.shape[class_dim(logits)]
+        if classes == 1 and target.is_floating_point():
+            raise ValueError(
+                f"the outputs {_each(logits.shape)} are one number each and the targets {_dtype(target)}, expected "
+                "classes: pass task=Regression() for a quantity, or task=MultiLabel() for the logit of one label"
+            )
         if type(self).labels is Classification.labels:
             if target.is_floating_point():
                 _check_probabilities(target, logits)
