@@ -10,7 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from kd_lightning.objective import Term
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks import Batch
 from kd_lightning.tracking.metrics import logs_this_step
 
@@ -85,7 +85,7 @@ def parts_of(
     batch: Batch,
     network: nn.Module,
     student: Outputs,
-    teacher: Outputs | None,
+    teacher: AnyOutputs | None,
     terms: Mapping[str, Term],
     name: str = "student",
 ) -> Iterator[Part]:
@@ -93,10 +93,11 @@ def parts_of(
     yield Part((batch.args, dict(batch.kwargs)), f"the inputs {_HOLD}", _DATA)
     yield Part(batch.target, f"the targets {_HOLD}", _DATA)
     if teacher is not None:
-        known = teacher.logits if teacher.top_k is None else teacher.top_k.log_probs.clamp_min(-1.0)  # -inf fills up
-        yield Part(
-            known, f"the teacher's {'logits' if teacher.top_k is None else 'log-probabilities'} {_HOLD}", _TEACHER
-        )
+        if isinstance(teacher, TopK):
+            log_probs = teacher.log_probs.clamp_min(-1.0)  # −∞ fills up
+            yield Part(log_probs, f"the teacher's log-probabilities {_HOLD}", _TEACHER)
+        else:
+            yield Part(teacher.logits, f"the teacher's logits {_HOLD}", _TEACHER)
         yield from (
             Part(x, f"the teacher's layer {layer!r} {_HOLD}", _TEACHER) for layer, x in teacher.features.items()
         )

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.losses.gather import all_gather, gather_outputs, world_size
-from kd_lightning.outputs import Outputs
-
-TOP_K_REMEDY = "take kd, forward_kl, top_k_kl or deit_hard, or a teacher that gives its logits"
+from kd_lightning.outputs import TOP_K_REMEDY, AnyOutputs, Outputs, TopK
 
 
 class Term(NamedTuple):
@@ -71,6 +69,16 @@ class DistillationObjective(nn.Module):
         """The losses that change the student's architecture, before it is trained."""
         return {name: loss for name, loss in self.named_losses().items() if loss.changes_student}
 
+    def check_takes_top_k(self, got: str) -> None:
+        """Raise ValueError for losses that read the teacher's logits of all classes, where its best are all there is.
+
+        Args:
+            got: In their place, in words.
+        """
+        refused = [name for name, loss in self.named_losses().items() if loss.needs_teacher and not loss.takes_top_k]
+        if refused:
+            raise ValueError(f"losses {refused} read the teacher's logits of all classes, got {got}: {TOP_K_REMEDY}")
+
     def temperatures(self) -> dict[str, float]:
         """Return the current temperature of each loss that has one."""
         found = {name: getattr(loss, "temperature", None) for name, loss in self.named_losses().items()}
@@ -79,15 +87,16 @@ class DistillationObjective(nn.Module):
     def build(
         self,
         student: Outputs,
-        teacher: Outputs | None,
+        teacher: AnyOutputs | None,
         student_network: nn.Module | None = None,
         teacher_network: nn.Module | None = None,
     ) -> None:
         """Create the losses' parameters from the outputs of a dry forward pass; once, a second fit trains them on."""
         if not self._built:
+            known: Any = None if teacher is None else teacher.softened(1.0)  # a TopK to losses that take one
             for name, loss in self.named_losses().items():
                 with _errors_name(name, loss):
-                    loss.build(student, teacher)
+                    loss.build(student, known)
             self._built = True
         if student_network is not None:
             self.attach(student_network, teacher_network)
@@ -102,17 +111,16 @@ class DistillationObjective(nn.Module):
         self._attached = (student,)
 
     def forward(
-        self, student: Outputs, teacher: Outputs | None, target: Tensor | None
+        self, student: Outputs, teacher: AnyOutputs | None, target: Tensor | None
     ) -> tuple[Tensor, dict[str, Term]]:
         """Return the total, and each term by name."""
         with torch.autocast(student.logits.device.type, enabled=False):
-            student = _in_full_precision(student)
+            student = student.in_full_precision()
             # A loss that needs no teacher does not look at it.
-            teacher = _in_full_precision(teacher) if teacher is not None else student
+            teacher = teacher.in_full_precision() if teacher is not None else student
             terms = {}
             for name, loss in self.named_losses().items():
                 with _errors_name(name, loss):
-                    _check_top_k(loss, teacher)
                     softened = teacher.softened(getattr(loss, "temperature", None))
                     raw = loss(*_batch_of(loss, student, softened, target))
                 terms[name] = Term(raw, loss.weight * raw)
@@ -135,17 +143,9 @@ def _errors_name(name: str, loss: DistillationLoss) -> Iterator[None]:
         raise ValueError(f"loss {name!r}{where}: {error}") from error
 
 
-def _check_top_k(loss: DistillationLoss, teacher: Outputs) -> None:
-    if teacher.top_k is not None and loss.needs_teacher and not loss.takes_top_k:
-        raise ValueError(
-            f"{type(loss).__name__} reads the teacher's logits of all classes, got its "
-            f"{teacher.top_k.indices.shape[-1]} best: {TOP_K_REMEDY}"
-        )
-
-
 def _batch_of(
-    loss: DistillationLoss, student: Outputs, teacher: Outputs, target: Tensor | None
-) -> tuple[Outputs, Outputs, Tensor | None]:
+    loss: DistillationLoss, student: Outputs, teacher: Outputs | TopK, target: Tensor | None
+) -> tuple[Outputs, Outputs | TopK, Tensor | None]:
     """Return what a loss is computed on: this process's samples, or those of all."""
     if not loss.gather or world_size() == 1:
         return student, teacher, target
@@ -154,18 +154,6 @@ def _batch_of(
         gather_outputs(teacher, loss.teacher_layers),
         None if target is None else all_gather(target),
     )
-
-
-def _in_full_precision(outputs: Outputs) -> Outputs:
-    features = {name: _up(feature) for name, feature in outputs.features.items()}
-    top_k = outputs.top_k
-    if top_k is not None:
-        top_k = top_k._replace(log_probs=_up(top_k.log_probs))
-    return outputs._replace(logits=_up(outputs.logits), features=features, top_k=top_k)
-
-
-def _up(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def find_objective(module: nn.Module) -> DistillationObjective | None:

@@ -3,12 +3,14 @@
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+TOP_K_REMEDY = "take kd, forward_kl, top_k_kl or deit_hard, without standardize, or a teacher that gives its logits"
 
 
 class Samples(NamedTuple):
@@ -23,6 +25,83 @@ class Samples(NamedTuple):
     total: int
 
 
+class Outputs(NamedTuple):
+    """What a network gave for one batch.
+
+    Attributes:
+        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel.
+        features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
+        samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = {}
+    samples: Samples | None = None
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """Logits of an ensemble's members: none."""
+        return ()
+
+    def softened(self, temperature: float | Tensor | None) -> "Outputs":
+        """Return the outputs for a loss of that temperature."""
+        return self
+
+    def best(self) -> Tensor:
+        """Return the most likely class: (B,), (B, S) or (B, H, W)."""
+        return classes_last(self.logits).argmax(-1)
+
+    def with_logits(self, change: Callable[[Tensor], Tensor]) -> "Outputs":
+        """Return the same with other logits, by a function of them."""
+        return self._replace(logits=change(self.logits))
+
+    def in_full_precision(self) -> "Outputs":
+        """Return the same in float32, where it is in half precision."""
+        return self.with_logits(_up)._replace(features=_all_up(self.features))
+
+
+class EnsembleOutputs(NamedTuple):
+    """What an ensemble gave for one batch: an average that depends on the temperature.
+
+    Attributes:
+        logits: Those of the average at T = 1.
+        members: Logits of each member, of one shape.
+        weights: Of the average; their sum is 1.
+        features: Those of the first member.
+    """
+
+    logits: Tensor
+    members: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    features: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def of(
+        cls, members: Iterable[Tensor], weights: Iterable[float], features: Mapping[str, Tensor] | None = None
+    ) -> "EnsembleOutputs":
+        """Return the outputs of an ensemble with these members."""
+        members, weights = tuple(members), tuple(weights)
+        return cls(mixed(members, weights), members, weights, features or {})
+
+    def softened(self, temperature: float | Tensor | None) -> Outputs:
+        """Return the outputs for a loss of that temperature: an ensemble's logits are others at another T."""
+        if temperature is None or float(temperature) == 1:
+            return Outputs(self.logits, self.features)
+        return Outputs(mixed(self.members, self.weights, float(temperature)), self.features)
+
+    def best(self) -> Tensor:
+        """Return the most likely class, at T = 1: (B,), (B, S) or (B, H, W)."""
+        return classes_last(self.logits).argmax(-1)
+
+    def with_logits(self, change: Callable[[Tensor], Tensor]) -> "EnsembleOutputs":
+        """Return the same with other logits of the average and of each member, by a function of them."""
+        return self._replace(logits=change(self.logits), members=tuple(map(change, self.members)))
+
+    def in_full_precision(self) -> "EnsembleOutputs":
+        """Return the same in float32, where it is in half precision."""
+        return self.with_logits(_up)._replace(features=_all_up(self.features))
+
+
 class TopK(NamedTuple):
     """A teacher's k best classes, in the place of its logits: all that an API tells, or that is stored.
 
@@ -33,59 +112,16 @@ class TopK(NamedTuple):
         indices: Integers (B, k), (B, S, k) or (B, H, W, k): different classes, in any order.
         log_probs: Of the same shape, the log-probabilities at T = 1; −∞ fills up where there are fewer, with
             any class, such as -1.
+        features: Outputs of the teacher's layers, by name.
     """
 
     indices: Tensor
     log_probs: Tensor
-
-
-class Members(NamedTuple):
-    """What the members of an ensemble gave, of which the average depends on the temperature.
-
-    Attributes:
-        logits: One tensor for each, of one shape.
-        weights: Of the average; their sum is 1.
-    """
-
-    logits: tuple[Tensor, ...]
-    weights: tuple[float, ...]
-
-    def mixed(self, temperature: float = 1.0) -> Tensor:
-        """Return T·log Σ_k w_k·softmax(z_k / T): logits whose softmax at T is the average of the probabilities at T.
-
-        In float32 where the members' are in half precision.
-        """
-        total: Tensor | None = None
-        for z, weight in zip(self.logits, self.weights, strict=True):
-            if weight:
-                z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-                log_p = torch.log_softmax(z / temperature, class_dim(z)) + math.log(weight)
-                total = log_p if total is None else torch.logaddexp(total, log_p)
-        assert total is not None
-        return temperature * total
-
-
-class Outputs(NamedTuple):
-    """What a network gave for one batch.
-
-    Attributes:
-        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel; without a class in
-            the last dimension, (B, 0), (B, S, 0) or (B, H, W, 0), where ``top_k`` is all that is known.
-        features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
-        samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
-        top_k: The best classes of a teacher whose logits are not known.
-        members: Of an ensemble; ``logits`` are those of their average at T = 1.
-    """
-
-    logits: Tensor
     features: Mapping[str, Tensor] = {}
-    samples: Samples | None = None
-    top_k: TopK | None = None
-    members: Members | None = None
 
     @classmethod
-    def of_top_k(cls, indices: Tensor, log_probs: Tensor, features: Mapping[str, Tensor] | None = None) -> "Outputs":
-        """Return the outputs of a teacher of which the k best classes are known; see :class:`TopK`.
+    def of(cls, indices: Tensor, log_probs: Tensor, features: Mapping[str, Tensor] | None = None) -> "TopK":
+        """Return what is known of a teacher, with class indices of any integer type.
 
         Raises:
             ValueError: Unless both have the same shape, and a class at least.
@@ -95,20 +131,70 @@ class Outputs(NamedTuple):
                 f"expected indices and log-probabilities (..., k) of one shape, got {tuple(indices.shape)} and "
                 f"{tuple(log_probs.shape)}"
             )
-        return cls(log_probs[..., :0], features or {}, top_k=TopK(indices.long(), log_probs))
+        return cls(indices.long(), log_probs, features or {})
 
-    def softened(self, temperature: float | Tensor | None) -> "Outputs":
-        """Return the outputs for a loss of that temperature: an ensemble's logits are others at another T."""
-        if self.members is None or temperature is None or float(temperature) == 1:
-            return self
-        return self._replace(logits=self.members.mixed(float(temperature)))
+    @property
+    def k(self) -> int:
+        """How many classes are known."""
+        return self.indices.shape[-1]
+
+    @property
+    def logits(self) -> Tensor:
+        """Not known.
+
+        Raises:
+            ValueError: Whenever it is read.
+        """
+        raise ValueError(f"this reads the teacher's logits of all classes, got its {self.k} best: {TOP_K_REMEDY}")
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """Logits of an ensemble's members: none."""
+        return ()
+
+    def softened(self, temperature: float | Tensor | None) -> "TopK":
+        """Return the outputs for a loss of that temperature, which softens them itself."""
+        return self
 
     def best(self) -> Tensor:
         """Return the most likely class: (B,), (B, S) or (B, H, W)."""
-        if self.top_k is None:
-            return classes_last(self.logits).argmax(-1)
-        place = self.top_k.log_probs.argmax(-1, keepdim=True)
-        return self.top_k.indices.gather(-1, place).squeeze(-1)
+        place = self.log_probs.argmax(-1, keepdim=True)
+        return self.indices.gather(-1, place).squeeze(-1)
+
+    def with_logits(self, change: Callable[[Tensor], Tensor]) -> "TopK":
+        """Return the same: there are no logits."""
+        return self
+
+    def in_full_precision(self) -> "TopK":
+        """Return the same in float32, where it is in half precision."""
+        return self._replace(log_probs=_up(self.log_probs), features=_all_up(self.features))
+
+
+AnyOutputs: TypeAlias = Outputs | EnsembleOutputs | TopK
+"""What a teacher gives: the outputs of a network, or of several, or its best classes alone."""
+
+
+def mixed(members: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
+    """Return T·log Σ_k w_k·softmax(z_k / T): logits whose softmax at T is the average of the probabilities at T.
+
+    In float32 where the members' are in half precision.
+    """
+    total: Tensor | None = None
+    for z, weight in zip(members, weights, strict=True):
+        if weight:
+            z = _up(z)
+            log_p = torch.log_softmax(z / temperature, class_dim(z)) + math.log(weight)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+    assert total is not None
+    return temperature * total
+
+
+def _up(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _all_up(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _up(feature) for name, feature in features.items()}
 
 
 def class_dim(logits: Tensor) -> int:

@@ -10,7 +10,7 @@ from kd_lightning import Outputs, losses
 from kd_lightning.losses import KD, CurriculumTemperature, DeiTHard, ForwardKL, HardLabel, Hint, TopKKL, top_k_kl
 from kd_lightning.losses.base import DistillationLoss, LogitLoss
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import classes_last
+from kd_lightning.outputs import AnyOutputs, TopK, classes_last
 from kd_lightning.preflight import check_outputs
 from kd_lightning.tasks import Classification
 from kd_lightning.tracking.metrics import agreement
@@ -23,12 +23,12 @@ def pair(kind: str = "vectors") -> tuple[Tensor, Tensor]:
     return wave(SHAPES[kind], 0.7, 0.1), wave(SHAPES[kind], 1.3, 0.5)
 
 
-def best(logits: Tensor, k: int) -> Outputs:
+def best(logits: Tensor, k: int) -> TopK:
     found = classes_last(logits).log_softmax(-1).topk(k, -1)
-    return Outputs.of_top_k(found.indices, found.values)
+    return TopK.of(found.indices, found.values)
 
 
-def value(loss: DistillationLoss, student: Tensor, teacher: Outputs, target: Tensor | None = None) -> Tensor:
+def value(loss: DistillationLoss, student: Tensor, teacher: AnyOutputs, target: Tensor | None = None) -> Tensor:
     return DistillationObjective({"loss": loss})(Outputs(student), teacher, target)[0]
 
 
@@ -44,7 +44,7 @@ def test_all_classes_give_what_the_logits_give(make: type[KD], kind: str) -> Non
 def test_fewer_are_the_divergence_with_a_tail_at_the_losss_temperature(make: type[KD]) -> None:
     student, teacher = pair()
     given = best(teacher, 3)
-    expected = top_k_kl(student, *given.top_k, temperature=3.0)
+    expected = top_k_kl(student, given.indices, given.log_probs, temperature=3.0)
     assert torch.equal(value(make(temperature=3.0), student, given), expected)
     assert expected > 0
 
@@ -54,8 +54,8 @@ def test_fewer_are_the_divergence_with_a_tail_at_the_losss_temperature(make: typ
 def test_what_fills_up_says_nothing_of_its_class(loss: DistillationLoss, filler: int) -> None:
     student, teacher = pair()
     two = best(teacher, 2)
-    indices = torch.nn.functional.pad(two.top_k.indices, (1, 1), value=filler)
-    filled = Outputs.of_top_k(indices, torch.nn.functional.pad(two.top_k.log_probs, (1, 1), value=-torch.inf))
+    indices = torch.nn.functional.pad(two.indices, (1, 1), value=filler)
+    filled = TopK.of(indices, torch.nn.functional.pad(two.log_probs, (1, 1), value=-torch.inf))
     gradients = []
     for given in (two, filled):
         z = student.clone().requires_grad_()
@@ -68,9 +68,9 @@ def test_what_fills_up_says_nothing_of_its_class(loss: DistillationLoss, filler:
 
 def test_of_more_than_it_wants_a_loss_takes_the_best_however_they_are_ordered() -> None:
     student, teacher = pair()
-    indices, log_probs = best(teacher, 4).top_k
+    indices, log_probs, _ = best(teacher, 4)
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = Outputs.of_top_k(indices[:, order], log_probs[:, order])
+    shuffled = TopK.of(indices[:, order], log_probs[:, order])
     assert torch.equal(value(TopKKL(2), student, shuffled), value(TopKKL(2), student, Outputs(teacher)))
 
 
@@ -78,7 +78,7 @@ def test_of_more_than_it_wants_a_loss_takes_the_best_however_they_are_ordered() 
 def test_the_teachers_hard_label_is_the_best_of_them(kind: str) -> None:
     student, teacher = pair(kind)
     given = best(teacher, 3)
-    flipped = Outputs.of_top_k(given.top_k.indices.flip(-1), given.top_k.log_probs.flip(-1))
+    flipped = TopK.of(given.indices.flip(-1), given.log_probs.flip(-1))
     assert torch.equal(value(DeiTHard(), student, flipped), value(DeiTHard(), student, Outputs(teacher)))
 
 
@@ -93,8 +93,8 @@ def test_a_temperature_that_is_learnt_softens_them_too() -> None:
 
 def test_half_precision_log_probabilities_are_computed_on_in_float32() -> None:
     student, teacher = pair()
-    indices, log_probs = best(teacher, 3).top_k
-    half = Outputs.of_top_k(indices.to(torch.int32), log_probs.half())
+    indices, log_probs, _ = best(teacher, 3)
+    half = TopK.of(indices.to(torch.int32), log_probs.half())
     expected = top_k_kl(student, indices, log_probs.half().float(), temperature=4.0)
     assert torch.equal(value(KD(), student, half), expected)
 
@@ -163,7 +163,7 @@ def test_losses_of_somebody_who_has_not_said_so_are_refused() -> None:
 
 def check(indices: list[list[int]], log_probs: Tensor) -> None:
     student = Outputs(wave((len(indices), 5), 1.0, 0.2))
-    given = Outputs.of_top_k(torch.tensor(indices), log_probs)
+    given = TopK.of(torch.tensor(indices), log_probs)
     check_outputs(DistillationObjective({"kd": KD()}), student, given, Classification())
 
 
@@ -192,4 +192,4 @@ def test_a_class_that_comes_twice_is_refused() -> None:
 
 def test_indices_and_log_probabilities_belong_together() -> None:
     with pytest.raises(ValueError, match=r"of one shape, got \(2, 3\) and \(2, 2\)"):
-        Outputs.of_top_k(torch.zeros(2, 3), torch.zeros(2, 2))
+        TopK.of(torch.zeros(2, 3), torch.zeros(2, 2))

@@ -17,7 +17,7 @@ from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.preflight import (
     check_class_names,
     check_logits,
@@ -457,9 +457,9 @@ class _Batches:
         except TypeError:
             return None
 
-    def fits(self, target: Tensor, outputs: Outputs) -> bool:
+    def fits(self, target: Tensor, outputs: AnyOutputs) -> bool:
         """Tell whether a target is that of such outputs: the module may read its own from a batch."""
-        if outputs.top_k is not None:
+        if isinstance(outputs, TopK):
             return target.shape == outputs.best().shape
         try:
             self._task.check(target, outputs.logits)
@@ -491,7 +491,7 @@ class _Step:
 
     total: Tensor
     terms: dict[str, Term]
-    teacher: Outputs | None
+    teacher: AnyOutputs | None
     batch_size: int
 
 

@@ -7,7 +7,7 @@ from numbers import Real
 from torch import Tensor, nn
 
 from kd_lightning.losses.standardize import standardize_logits
-from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.outputs import Outputs, TopK, classes_last
 from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
@@ -83,7 +83,8 @@ class DistillationLoss(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         """Return the unweighted scalar.
 
-        ``teacher`` is given whenever ``needs_teacher``; ``target`` is None for a batch without labels.
+        ``teacher`` is given whenever ``needs_teacher``: a :class:`~kd_lightning.outputs.TopK` where no more is known of
+        it and the loss ``takes_top_k``. ``target`` is None for a batch without labels.
         """
         raise NotImplementedError
 
@@ -102,13 +103,8 @@ class LogitLoss(DistillationLoss):
         super().__init__(weight, gather=gather)
         self.standardize = standardize
 
-    def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+    def logits(self, student: Outputs, teacher: Outputs | TopK) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's logits, standardised where that was asked for."""
-        if teacher.top_k is not None:
-            raise ValueError(
-                f"{type(self).__name__} reads the teacher's logits of all classes, got its {_k(teacher)} best: "
-                "take forward_kl, kd or top_k_kl, without standardize"
-            )
         pair = student.logits, teacher.logits
         return (standardize_logits(pair[0]), standardize_logits(pair[1])) if self.standardize else pair
 
@@ -131,7 +127,7 @@ class FeatureLoss(DistillationLoss):
     ) -> None:
         super().__init__(weight, [student_layer], [teacher_layer or student_layer], gather)
 
-    def features(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+    def features(self, student: Outputs, teacher: Outputs | TopK) -> tuple[Tensor, Tensor]:
         """Return the outputs of the student's and the teacher's layer."""
         return student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
 
@@ -168,16 +164,12 @@ class LayersLoss(DistillationLoss):
                 f"{list(self.teacher_layers)}: they are compared pair by pair"
             )
 
-    def pairs(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, student: Outputs, teacher: Outputs | TopK) -> list[tuple[Tensor, Tensor]]:
         """Return the outputs of the student's and the teacher's layers, pair by pair."""
         return [
             (student.features[s], teacher.features[t])
             for s, t in zip(self.student_layers, self.teacher_layers, strict=True)
         ]
-
-
-def _k(teacher: Outputs) -> int:
-    return 0 if teacher.top_k is None else teacher.top_k.indices.shape[-1]
 
 
 def is_finite_number(value: object) -> bool:

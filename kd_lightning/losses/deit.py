@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, padding, rows
 from kd_lightning.losses.kd import kd
-from kd_lightning.outputs import Outputs, class_dim
+from kd_lightning.outputs import Outputs, TopK, class_dim
 
 
 def deit_soft(
@@ -63,7 +63,7 @@ class DeiTHard(LogitLoss):
 
     takes_top_k = True
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        if teacher.top_k is not None and not self.standardize:
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
+        if isinstance(teacher, TopK) and not self.standardize:
             return F.cross_entropy(rows(student.logits), teacher.best().flatten())
         return deit_hard(*self.logits(student, teacher))

@@ -30,7 +30,7 @@ def fused_linear_top_k_kl(
 ) -> Tensor:
     """:func:`~kd_lightning.losses.top_k_kl` of the student's logits h Wᵀ + b, without holding those of all tokens.
 
-    ``indices, log_probs`` are a :class:`~kd_lightning.outputs.TopK`: pass ``*top_k``. With k = 1 and ``log_probs`` of
+    ``indices, log_probs`` are those of a :class:`~kd_lightning.outputs.TopK`. With k = 1 and ``log_probs`` of
     zero it is the cross-entropy with labels. For the other arguments see
     :func:`~kd_lightning.losses.fused_linear_divergence`.
 

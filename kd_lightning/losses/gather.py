@@ -1,13 +1,13 @@
 """The samples of all processes, for losses that compare samples."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs, Samples
+from kd_lightning.outputs import Outputs, Samples, TopK
 
 
 def world_size() -> int:
@@ -28,13 +28,16 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
-def gather_outputs(outputs: Outputs, layers: Iterable[str]) -> Outputs:
+@overload
+def gather_outputs(outputs: Outputs, layers: Iterable[str]) -> Outputs: ...
+@overload
+def gather_outputs(outputs: Outputs | TopK, layers: Iterable[str]) -> Outputs | TopK: ...
+def gather_outputs(outputs: Outputs | TopK, layers: Iterable[str]) -> Outputs | TopK:
     """Gather logits or the best classes, sample numbers and the features of the given layers."""
-    samples = outputs.samples
     features = {name: all_gather(outputs.features[name]) for name in layers}
-    if outputs.top_k is not None:
-        indices, log_probs = outputs.top_k
-        return Outputs.of_top_k(all_gather(indices), all_gather(log_probs), features)
+    if isinstance(outputs, TopK):
+        return TopK(all_gather(outputs.indices), all_gather(outputs.log_probs), features)
+    samples = outputs.samples
     return Outputs(
         all_gather(outputs.logits),
         features,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
 from kd_lightning.losses.top_k_kl import top_k_kl
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, TopK
 
 
 def kd(
@@ -55,8 +55,8 @@ class KD(LogitLoss):
         check_temperature(temperature)
         self.temperature = temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
         tokens = padding(student.logits, target)
-        if teacher.top_k is not None and not self.standardize:
-            return top_k_kl(student.logits, *teacher.top_k, tokens, temperature=self.temperature)
+        if isinstance(teacher, TopK) and not self.standardize:
+            return top_k_kl(student.logits, teacher.indices, teacher.log_probs, tokens, temperature=self.temperature)
         return kd(*self.logits(student, teacher), tokens, temperature=self.temperature)

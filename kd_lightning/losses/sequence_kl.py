@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_lightning.losses.base import padding
 from kd_lightning.losses.token_divergence import TokenLoss, kl_divergence, log_probabilities
 from kd_lightning.losses.top_k_kl import top_k_kl
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, TopK
 
 
 def forward_kl(
@@ -83,10 +83,10 @@ class ForwardKL(TokenLoss):
 
     takes_top_k = True
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
         tokens = padding(student.logits, target)
-        if teacher.top_k is not None and not self.standardize:
-            return top_k_kl(student.logits, *teacher.top_k, tokens, temperature=self.temperature)
+        if isinstance(teacher, TopK) and not self.standardize:
+            return top_k_kl(student.logits, teacher.indices, teacher.log_probs, tokens, temperature=self.temperature)
         return forward_kl(*self.logits(student, teacher), tokens, temperature=self.temperature)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
 from kd_lightning.losses.token_divergence import kl_divergence, log_softmax
-from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.outputs import Outputs, TopK, class_dim, classes_last
 
 
 def top_k_kl(
@@ -113,12 +113,11 @@ class TopKKL(LogitLoss):
         self.tail = tail
         self.temperature = temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
         tokens = padding(student.logits, target)
-        if teacher.top_k is not None and not self.standardize:
-            known, log_p = teacher.top_k
-            kept = log_p.topk(min(self.k, log_p.shape[-1]), -1)
-            chosen = known.gather(-1, kept.indices)
+        if isinstance(teacher, TopK) and not self.standardize:
+            kept = teacher.log_probs.topk(min(self.k, teacher.k), -1)
+            chosen = teacher.indices.gather(-1, kept.indices)
             return top_k_kl(student.logits, chosen, kept.values, tokens, tail=self.tail, temperature=self.temperature)
         z_s, z_t = self.logits(student, teacher)
         check_same_shape(z_s, z_t)  # the formula sees the best classes' numbers only

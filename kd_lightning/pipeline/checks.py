@@ -18,7 +18,7 @@ from kd_lightning.export.formats import require
 from kd_lightning.first_batches import loader_batches, untouched_rng
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.module import DistillationModule
-from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective
+from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.check_checkpoint import check_checkpoint
 from kd_lightning.pipeline.check_training import check_callbacks, check_optimizer, length
 from kd_lightning.pipeline.quantizing import QuantizedStage, check_can_be_quantized
@@ -167,12 +167,8 @@ def _check_evaluation(module: DistillationModule, batches: Sequence[Batch]) -> i
 def _check_stored(stored: Mapping[str, Any], objective: DistillationObjective, classes: int) -> None:
     format = find_format(stored["format"])
     format.width(classes)
-    losses = objective.named_losses().items()
-    refused = [name for name, loss in losses if loss.needs_teacher and not loss.takes_top_k]
-    if isinstance(format, Best) and refused:
-        raise ValueError(
-            f"losses {refused} read the teacher's logits of all classes, got format={stored['format']}: {TOP_K_REMEDY}"
-        )
+    if isinstance(format, Best):
+        objective.check_takes_top_k(f"format={stored['format']}")
 
 
 @contextmanager

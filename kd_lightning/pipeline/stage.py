@@ -20,7 +20,7 @@ from kd_lightning.checkpoint import load_weights
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import run
+from kd_lightning.outputs import TopK, run
 from kd_lightning.pipeline.checkpoint_io import AtomicCheckpointIO
 from kd_lightning.pipeline.fingerprint import fingerprint_of
 from kd_lightning.pipeline.latency import parameters, size_mb
@@ -240,7 +240,7 @@ def _teacher_entropy(teacher: TeacherSource, loader: Any, temperature: float, de
         if not teacher.can_teach(batch):
             continue
         outputs = teacher(batch).softened(temperature)
-        if outputs.top_k is not None:
+        if isinstance(outputs, TopK):
             return None
         entropies.append(relative_entropy(outputs.logits, temperature) * len(outputs.logits))
         count += len(outputs.logits)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs
 from kd_lightning.preflight.batches import check_precision, check_source, first_batch, take
 from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
@@ -85,7 +85,7 @@ def samples_needed(objective: DistillationObjective) -> int:
 
 
 def compute_once(
-    objective: DistillationObjective, student: Outputs, teacher: Outputs | None, target: Tensor | None
+    objective: DistillationObjective, student: Outputs, teacher: AnyOutputs | None, target: Tensor | None
 ) -> None:
     """Compute the losses, in eval mode: nothing is remembered of these samples.
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.objective import TOP_K_REMEDY, DistillationObjective
-from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.objective import DistillationObjective
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK, class_dim, classes_last
 from kd_lightning.tasks import Task
 
 _PROBABILITIES = ("Sigmoid", "Softmax")
@@ -18,7 +18,7 @@ _VIEWS = (
 )  # fmt: skip
 
 
-def check_outputs(objective: DistillationObjective, student: Outputs, teacher: Outputs | None, task: Task) -> None:
+def check_outputs(objective: DistillationObjective, student: Outputs, teacher: AnyOutputs | None, task: Task) -> None:
     """Compare the classes of both, what the losses need of them and of the task, and whether the samples are known.
 
     Raises:
@@ -30,16 +30,11 @@ def check_outputs(objective: DistillationObjective, student: Outputs, teacher: O
         raise ValueError(f"loss {name!r} {why}")
     if task.gives_logits:
         _check_all_logits(student, teacher)
-    if teacher is not None and teacher.top_k is not None:
-        refused = [name for name, loss in losses.items() if loss.needs_teacher and not loss.takes_top_k]
-        if refused:
-            raise ValueError(
-                f"losses {refused} read the teacher's logits of all classes, got its "
-                f"{teacher.top_k.indices.shape[-1]} best: {TOP_K_REMEDY}"
-            )
-        check_top_k(teacher, classes_of(student))
     comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
-    if comparing and teacher is not None and teacher.top_k is None and classes_of(teacher) != classes_of(student):
+    if isinstance(teacher, TopK):
+        objective.check_takes_top_k(f"its {teacher.k} best")
+        check_top_k(teacher, classes_of(student))
+    elif comparing and teacher is not None and classes_of(teacher) != classes_of(student):
         raise ValueError(
             f"the student has {classes_of(student)} classes and the teacher {classes_of(teacher)}, expected the same "
             f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the teacher's "
@@ -60,19 +55,20 @@ def check_outputs(objective: DistillationObjective, student: Outputs, teacher: O
         )
 
 
-def _check_all_logits(student: Outputs, teacher: Outputs | None) -> None:
-    for role, outputs in (("student", student), ("teacher", teacher)):
-        if outputs is not None and outputs.top_k is None:
-            check_logits(role, outputs.logits)
-    for i, logits in enumerate(teacher.members.logits if teacher is not None and teacher.members is not None else ()):
+def _check_all_logits(student: Outputs, teacher: AnyOutputs | None) -> None:
+    check_logits("student", student.logits)
+    if teacher is None or isinstance(teacher, TopK):
+        return
+    check_logits("teacher", teacher.logits)
+    for i, logits in enumerate(teacher.members):
         check_logits(f"teacher {i} of the ensemble", logits)
 
 
-def check_top_k(teacher: Outputs | None, classes: int) -> None:
+def check_top_k(teacher: AnyOutputs | None, classes: int) -> None:
     """Raise ValueError where a teacher's best classes are not the student's, come twice, or are of no probability."""
-    if teacher is None or teacher.top_k is None:
+    if not isinstance(teacher, TopK):
         return
-    indices, log_probs = teacher.top_k
+    indices, log_probs = teacher.indices, teacher.log_probs
     filled = log_probs > -math.inf
     wrong = indices[filled & ((indices < 0) | (indices >= classes))]
     if wrong.numel():
@@ -111,7 +107,7 @@ def check_logits(role: str, logits: Tensor, remedy: str = "leave the {} out of i
         )
 
 
-def classes_of(outputs: Outputs) -> int:
+def classes_of(outputs: AnyOutputs) -> int:
     """Return the number of classes."""
     return outputs.logits.shape[class_dim(outputs.logits)]
 

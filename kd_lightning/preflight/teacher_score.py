@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from kd_lightning.first_batches import SCAN, training_batches
-from kd_lightning.outputs import class_dim
+from kd_lightning.outputs import TopK, class_dim
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.teachers import TeacherSource
 
@@ -47,12 +47,13 @@ def check_teacher_score(
             continue
         with precision.forward_context():
             outputs = task.arranged(teacher(batch))
-        if outputs.top_k is None:
-            width = outputs.logits.shape[class_dim(outputs.logits)]
-            task.check(batch.target, outputs.logits)
-            within_one = within_one and bool(((outputs.logits >= 0) & (outputs.logits <= 1)).all())
+        if isinstance(outputs, TopK):
+            width, within_one = max(width, int(outputs.indices.max()) + 1), False
         else:
-            width, within_one = max(width, int(outputs.top_k.indices.max()) + 1), False
+            logits = outputs.logits
+            width = logits.shape[class_dim(logits)]
+            task.check(batch.target, logits)
+            within_one = within_one and bool(((logits >= 0) & (logits <= 1)).all())
         scores.append(task.scores(outputs, batch.target))
         targets.append(batch.target)
         if sum(map(len, scores)) >= _SAMPLES:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from kd_lightning.outputs import Outputs, classes_last
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK, classes_last
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
@@ -88,14 +88,13 @@ class Task:
         """Put a network's output into the shape that losses read: the classes of (B, C, L) last, where it says so."""
         return logits.movedim(self.class_dim, -1) if self.class_dim is not None and logits.ndim == 3 else logits
 
-    def arranged(self, outputs: Outputs) -> Outputs:
-        """Return a network's outputs with logits in the shape that losses read."""
-        if outputs.top_k is not None:
-            return outputs
-        members = outputs.members
-        if members is not None:
-            members = members._replace(logits=tuple(map(self.arrange, members.logits)))
-        return outputs._replace(logits=self.arrange(outputs.logits), members=members)
+    @overload
+    def arranged(self, outputs: Outputs) -> Outputs: ...
+    @overload
+    def arranged(self, outputs: AnyOutputs) -> AnyOutputs: ...
+    def arranged(self, outputs: AnyOutputs) -> AnyOutputs:
+        """Return a network's or a teacher's outputs with logits in the shape that losses read."""
+        return outputs.with_logits(self.arrange)
 
     def check(self, target: Any, logits: Tensor) -> None:
         """Raise ValueError for a target that cannot be that of such outputs; with what was expected and what to do.
@@ -121,11 +120,11 @@ class Task:
 
     # What a good answer is.
 
-    def answers(self, outputs: Outputs) -> Tensor:
+    def answers(self, outputs: AnyOutputs) -> Tensor:
         """Return what a network says of each unit, in short: (n, ...); kept with a finished stage."""
         raise NotImplementedError
 
-    def scores(self, outputs: Outputs, target: Tensor) -> Tensor:
+    def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor:
         """Return what the headline is computed of, for each labelled unit: (n,), or (n, ...) with ``of_mean``.
 
         Every model has the same units, in the order of the data.
@@ -136,9 +135,9 @@ class Task:
         """Tell how far two networks' answers agree: (n,) in [0, 1]."""
         raise NotImplementedError
 
-    def comparable(self, student: Outputs, teacher: Outputs) -> bool:
+    def comparable(self, student: Outputs, teacher: AnyOutputs) -> bool:
         """Tell whether two networks' answers can agree: not where they tell other classes apart."""
-        return teacher.top_k is not None or student.logits.shape == teacher.logits.shape
+        return isinstance(teacher, TopK) or student.logits.shape == teacher.logits.shape
 
     def entropy(self, logits: Tensor, temperature: float = 1.0) -> Tensor | None:
         """Return the entropy of soft targets as a share of the largest possible; None where there are none."""

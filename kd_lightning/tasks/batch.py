@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs, Samples
+from kd_lightning.outputs import AnyOutputs, Outputs, Samples, TopK
 
 IGNORE_INDEX = -100
 """The target of a sample without label, as in ``torch.nn.functional.cross_entropy``."""
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     kwargs: Mapping[str, Any]
     target: Tensor | None
     samples: Samples | None = None
-    teacher: Outputs | None = None
+    teacher: AnyOutputs | None = None
 
 
 def check_numbers(batch: Batch, what: str) -> None:
@@ -57,7 +57,7 @@ class Taught(NamedTuple):
     batch: Any
     teacher: Mapping[str, Tensor]
 
-    def outputs(self) -> Outputs:
+    def outputs(self) -> Outputs | TopK:
         prefix = "features."
         features = {n.removeprefix(prefix): x for n, x in self.teacher.items() if n.startswith(prefix)}
         if "logits" in self.teacher:
@@ -66,7 +66,7 @@ class Taught(NamedTuple):
             raise ValueError(
                 f"expected a teacher's outputs by 'logits', or by 'indices' and 'log_probs', got {list(self.teacher)}"
             )
-        return Outputs.of_top_k(self.teacher["indices"], self.teacher["log_probs"], features)
+        return TopK.of(self.teacher["indices"], self.teacher["log_probs"], features)
 
 
 def taught(batch: Any) -> Any:
@@ -100,7 +100,7 @@ class Unwrapped(NamedTuple):
 
     batch: Any
     samples: Samples | None = None
-    teacher: Outputs | None = None
+    teacher: AnyOutputs | None = None
 
 
 def unwrapped(batch: Any, bare: bool = False) -> Unwrapped:

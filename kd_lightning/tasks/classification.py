@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs, class_dim, classes_last
+from kd_lightning.outputs import AnyOutputs, class_dim, classes_last
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.headline import Headline
@@ -52,11 +52,11 @@ class Classification(Task):
         labelled = self.labels(target) != IGNORE_INDEX
         return labelled.flatten(1).any(1) if labelled.ndim > 1 else labelled
 
-    def answers(self, outputs: Outputs) -> Tensor:
+    def answers(self, outputs: AnyOutputs) -> Tensor:
         """Return the most likely class: (B,), (B, S) or (B, H, W)."""
         return outputs.best()
 
-    def scores(self, outputs: Outputs, target: Tensor) -> Tensor:
+    def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor:
         """Tell for each labelled sample, token or pixel whether the most likely class is its label: 0 or 1, (n,)."""
         labels, answers = self.labels(target), self.answers(outputs)
         labelled = labels != IGNORE_INDEX

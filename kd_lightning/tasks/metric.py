@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs
 from kd_lightning.tasks.headline import Headline
 
 
@@ -15,7 +15,7 @@ class Scoring(Protocol):
 
     headline: Headline
 
-    def scores(self, outputs: Outputs, target: Tensor) -> Tensor: ...
+    def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor: ...
 
 
 class HeadlineMetric(Metric):
@@ -36,7 +36,7 @@ class HeadlineMetric(Metric):
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, outputs: Outputs, target: Tensor) -> None:
+    def update(self, outputs: AnyOutputs, target: Tensor) -> None:
         scores = self._task.scores(outputs, target).detach()
         scores = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
         self.total = self.total + scores.sum(0)  # takes the shape of one unit's scores

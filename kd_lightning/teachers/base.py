@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs
 from kd_lightning.tasks.batch import Batch
 
 
@@ -33,11 +33,11 @@ class TeacherSource:
     copies_student = False
     scheduled = False
 
-    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
         """Return logits and the named layers' features, without a graph, for the very inputs that the student gets."""
         raise NotImplementedError
 
-    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
         """Return the same for a few samples before the training, without leaving a trace.
 
         Raises:
@@ -77,7 +77,7 @@ class TeacherSource:
 class BatchSource(TeacherSource):
     """Reads outputs that come with a batch: nothing runs, and batches without any are not compared with a teacher."""
 
-    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
         return self(batch, layers)
 
     def can_teach(self, batch: Batch) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from kd_lightning.outputs import Members, Outputs
+from kd_lightning.outputs import AnyOutputs, EnsembleOutputs, Outputs
 from kd_lightning.tasks.batch import Batch
 from kd_lightning.teachers.base import TeacherSource
 from kd_lightning.teachers.live import Teacher
@@ -51,10 +51,10 @@ class Ensemble(TeacherSource):
         self.network = self.teachers[0].network
         self.in_batch = any(teacher.in_batch for teacher in self.teachers)
 
-    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> EnsembleOutputs:
         return self._mixed(self.teachers, batch, layers)
 
-    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def dry(self, batch: Batch, layers: Iterable[str] = ()) -> EnsembleOutputs:
         return self._mixed([teacher.dry for teacher in self.teachers], batch, layers)
 
     def can_teach(self, batch: Batch) -> bool:
@@ -65,21 +65,22 @@ class Ensemble(TeacherSource):
             teacher.to(device, dtype)
 
     def _mixed(
-        self, teachers: Sequence[Callable[[Batch, Iterable[str]], Outputs]], batch: Batch, layers: Iterable[str]
-    ) -> Outputs:
-        outputs = [teacher(batch, layers if i == 0 else ()) for i, teacher in enumerate(teachers)]
-        for i, one in enumerate(outputs):
-            if one.top_k is not None or one.members is not None:
-                what = "its best classes" if one.top_k is not None else "an ensemble of its own"
+        self, teachers: Sequence[Callable[[Batch, Iterable[str]], AnyOutputs]], batch: Batch, layers: Iterable[str]
+    ) -> EnsembleOutputs:
+        outputs: list[Outputs] = []
+        for i, teacher in enumerate(teachers):
+            one = teacher(batch, () if outputs else layers)
+            if not isinstance(one, Outputs):
+                what = "an ensemble of its own" if one.members else "its best classes"
                 raise ValueError(
                     f"teacher {i} of the ensemble gives {what}, expected logits of all classes: probabilities are "
                     "averaged at the loss's temperature; leave it out, or put an inner ensemble's members here"
                 )
-            if one.logits.shape != outputs[0].logits.shape:
+            if outputs and one.logits.shape != outputs[0].logits.shape:
                 raise ValueError(
                     f"teacher {i} of the ensemble gives logits {tuple(one.logits.shape)} and teacher 0 "
                     f"{tuple(outputs[0].logits.shape)}, expected the same classes in the same order: slice or reorder "
                     "its logits in a module around it"
                 )
-        members = Members(tuple(one.logits for one in outputs), self.weights)
-        return Outputs(members.mixed(), outputs[0].features, members=members)
+            outputs.append(one)
+        return EnsembleOutputs.of((one.logits for one in outputs), self.weights, outputs[0].features)

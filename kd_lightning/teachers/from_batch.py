@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs
 from kd_lightning.tasks.batch import Batch
 from kd_lightning.teachers.base import BatchSource
 
@@ -33,7 +33,7 @@ class FromBatch(BatchSource):
 
     in_batch = True
 
-    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
         outputs = batch.teacher
         if outputs is None:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs
 from kd_lightning.tasks import Task
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.teachers.base import BatchSource
@@ -40,7 +40,7 @@ class Stored(BatchSource):
     def __init__(self, check_inputs: bool = True) -> None:
         self.check_inputs, self._calls = check_inputs, 0
 
-    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> Outputs:
+    def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
         if batch.teacher is None:
             raise ValueError(
                 "expected batches that bring the teacher's stored outputs along, got one without: wrap the training "
@@ -57,8 +57,7 @@ class Stored(BatchSource):
         if self.check_inputs and seen is not None:
             self._check_inputs(batch, seen)
         # Half precision is how they are stored, not how precise they are meant to be.
-        outputs = batch.teacher._replace(features={name: features[name].float() for name in layers})
-        return outputs._replace(logits=outputs.logits.float())
+        return batch.teacher._replace(features={name: features[name] for name in layers}).in_full_precision()
 
     def _check_inputs(self, batch: Batch, seen: Tensor) -> None:
         inputs = next((x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)), None)

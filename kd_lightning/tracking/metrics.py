@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective, Term
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs
 from kd_lightning.tasks import HeadlineMetric, Task
 
 
@@ -23,7 +23,7 @@ def log_terms(
     objective: DistillationObjective,
     total: Tensor,
     terms: Mapping[str, Term],
-    teacher: Outputs | None,
+    teacher: AnyOutputs | None,
     batch_size: int,
     task: Task,
 ) -> None:
@@ -39,16 +39,17 @@ def log_terms(
     temperatures = objective.temperatures()
     for name, temperature in temperatures.items():
         values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
-    if teacher is not None and teacher.top_k is None:
-        temperature = next(iter(temperatures.values()), 1.0)
-        entropy = task.entropy(teacher.softened(temperature).logits, temperature)
+    temperature = next(iter(temperatures.values()), 1.0)
+    softened = None if teacher is None else teacher.softened(temperature)
+    if isinstance(softened, Outputs):
+        entropy = task.entropy(softened.logits, temperature)
         if entropy is not None:
             values["kd/teacher_entropy"] = entropy
     module.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
     module.log_dict(values, batch_size=batch_size)
 
 
-def agreement(task: Task, student: Outputs, teacher: Outputs) -> Tensor | None:
+def agreement(task: Task, student: Outputs, teacher: AnyOutputs) -> Tensor | None:
     """Tell how far both agree on each unit: (n,) in [0, 1]. None where they tell other things apart."""
     if not task.comparable(student, teacher):
         return None
@@ -66,13 +67,13 @@ class TeacherScores:
         self.task, self.settled = task, False
         self._metrics: dict[tuple[str, int], HeadlineMetric] = {}
 
-    def log(self, module: LightningModule, teacher: Outputs, target: Tensor | None, dataloader_idx: int = 0) -> None:
+    def log(self, module: LightningModule, teacher: AnyOutputs, target: Tensor | None, dataloader_idx: int = 0) -> None:
         """Count a batch; nothing of a batch without labels."""
         if self.settled or target is None or not self.task.labelled:
             return
         name = f"val/teacher_{self.task.headline.key}"
-        members = teacher.members.logits if teacher.members is not None else ()
-        every = {name: teacher, **{f"{name}/{i}": Outputs(logits) for i, logits in enumerate(members)}}
+        every: dict[str, AnyOutputs] = {name: teacher}
+        every |= {f"{name}/{i}": Outputs(logits) for i, logits in enumerate(teacher.members)}
         for key, outputs in every.items():
             metric = self._metrics.setdefault((key, dataloader_idx), HeadlineMetric(self.task)).to(module.device)
             metric.update(outputs, target)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import kd_lightning.losses as losses
 from kd_lightning import DistillationModule
 from kd_lightning.losses.gather import all_gather, gather_outputs  # noqa: F401  # the script below has it from here
-from kd_lightning.outputs import Outputs  # noqa: F401
+from kd_lightning.outputs import Outputs, TopK  # noqa: F401
 from tests.test_scale_out import plain
 from tests.tiny import good_teacher, samples, sgd, trainer, weights
 
@@ -72,9 +72,9 @@ whole = t.all_gather(x)
 (whole * torch.tensor([1.0, 2, 3, 4, 5]) * (rank + 1)).sum().backward()
 torch.save((whole.detach(), x.grad, t.all_gather(torch.tensor([rank]))), f"{folder}/gathered{rank}.pt")
 
-best = t.Outputs.of_top_k(torch.tensor([[rank, 2]]), torch.tensor([[0.5, 0.25]]).log(), {"f": torch.tensor([[rank]])})
+best = t.TopK.of(torch.tensor([[rank, 2]]), torch.tensor([[0.5, 0.25]]).log(), {"f": torch.tensor([[rank]])})
 best = t.gather_outputs(best, ["f"])
-torch.save((best.top_k.indices, best.top_k.log_probs, best.features["f"]), f"{folder}/best{rank}.pt")
+torch.save((best.indices, best.log_probs, best.features["f"]), f"{folder}/best{rank}.pt")
 """
 
 

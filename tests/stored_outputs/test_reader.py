@@ -10,6 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Subs
 
 from kd_lightning.data import FashionMNIST, WithIds
 from kd_lightning.data.loaders import View, shuffled
+from kd_lightning.outputs import TopK
 from kd_lightning.stored_outputs import StoredOutputs, Views
 from kd_lightning.tasks import Classification, Taught
 from tests.stored_outputs.data import Augmented, store
@@ -148,10 +149,10 @@ def test_only_the_best_classes(tmp_path) -> None:
     stored = StoredOutputs(Augmented(), tmp_path)
     batch = Classification().read(next(iter(DataLoader(stored, batch_size=50))))
     assert batch.teacher is not None
-    assert batch.teacher.top_k is not None
+    assert isinstance(batch.teacher, TopK)
     log_probs, indices = TEACHER(*batch.args).log_softmax(-1).topk(2)
-    assert torch.equal(batch.teacher.top_k.indices, indices)
-    torch.testing.assert_close(batch.teacher.top_k.log_probs, log_probs, rtol=1e-3, atol=2e-3)
+    assert torch.equal(batch.teacher.indices, indices)
+    torch.testing.assert_close(batch.teacher.log_probs, log_probs, rtol=1e-3, atol=2e-3)
 
 
 class Pixels(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, TopK
 from kd_lightning.tasks import Classification, Identified, Taught
 
 X, Y, MASK = torch.randn(3, 4), torch.tensor([2, -100, 0]), torch.ones(3, 4)
@@ -59,12 +59,12 @@ def test_a_teachers_outputs_come_along_and_the_networks_do_not_get_them(batch, a
     assert all(a is b for a, b in zip(read.args, args, strict=True))
     assert {name: id(value) for name, value in read.kwargs.items()} == {name: id(x) for name, x in kwargs.items()}
     assert read.target is Y
-    if read.teacher.top_k is None:
+    if isinstance(read.teacher, TopK):
+        assert torch.equal(read.teacher.indices, TOP["indices"])
+        assert read.teacher.log_probs is TOP["log_probs"]
+    else:
         assert read.teacher.logits is MASK
         assert all(feature is X for feature in read.teacher.features.values())
-    else:
-        assert torch.equal(read.teacher.top_k.indices, TOP["indices"])
-        assert read.teacher.top_k.log_probs is TOP["log_probs"]
     assert (read.samples is not None) == isinstance(batch, Identified)
 
 

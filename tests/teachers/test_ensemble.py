@@ -13,7 +13,7 @@ from kd_lightning import Distillation, Teacher
 from kd_lightning.callbacks import TemperatureSchedule
 from kd_lightning.losses import DIST, KD, CurriculumTemperature, DeiTHard, HardLabel, Hint, LogitsMSE, kd
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import Members, Outputs, classes_last
+from kd_lightning.outputs import EnsembleOutputs, Outputs, TopK, classes_last, mixed
 from kd_lightning.schedules import linear
 from kd_lightning.tasks import Batch, Classification
 from kd_lightning.tasks.base import relative_entropy
@@ -63,26 +63,26 @@ def test_softmax_of_its_logits_at_t_is_the_average_of_the_probabilities_at_t(tem
 
 def test_it_is_not_the_average_of_the_logits() -> None:
     z = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-    p = Members(z, (0.5, 0.5)).mixed().softmax(-1)
+    p = mixed(z, (0.5, 0.5)).softmax(-1)
     assert p[0, 0].item() == pytest.approx(0.5 * (1 / (1 + math.exp(-4)) + 0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 5, 2, 2)])
 def test_vectors_tokens_and_pixels(shape: tuple[int, ...]) -> None:
     one, other = wave(shape, 1.3, 0.1), wave(shape, 0.4, 0.9)
-    mixed = classes_last(Members((one, other), (0.25, 0.75)).mixed(2.0) / 2).softmax(-1)
+    found = classes_last(mixed((one, other), (0.25, 0.75), 2.0) / 2).softmax(-1)
     expected = 0.25 * (classes_last(one) / 2).softmax(-1) + 0.75 * (classes_last(other) / 2).softmax(-1)
-    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_extreme_logits_stay_finite_and_half_precision_is_mixed_in_float32(dtype: torch.dtype) -> None:
     one = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype)
-    mixed = Members((one, -one), (0.5, 0.5)).mixed()
-    assert mixed.dtype == torch.float32
-    assert mixed.isfinite().all()
-    torch.testing.assert_close(mixed.softmax(-1), torch.tensor([[0.5, 0.5, 0.0]]))
-    assert Members((torch.tensor([[0.0, -torch.inf]]),) * 2, (0.5, 0.5)).mixed().tolist() == [[0.0, -math.inf]]
+    found = EnsembleOutputs.of((one, -one), (0.5, 0.5)).logits
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.softmax(-1), torch.tensor([[0.5, 0.5, 0.0]]))
+    assert mixed((torch.tensor([[0.0, -torch.inf]]),) * 2, (0.5, 0.5)).tolist() == [[0.0, -math.inf]]
 
 
 def test_each_loss_gets_the_average_at_its_own_temperature() -> None:
@@ -92,13 +92,13 @@ def test_each_loss_gets_the_average_at_its_own_temperature() -> None:
     terms = DistillationObjective(losses)(student, given, None)[1]
 
     def expected(temperature: float) -> Tensor:
-        return kd(student.logits, given.members.mixed(temperature), temperature=temperature)
+        return kd(student.logits, mixed(given.members, given.weights, temperature), temperature=temperature)
 
     assert torch.equal(terms["warm"].raw, expected(4.0))
     assert torch.equal(terms["cool"].raw, expected(2.0))
     torch.testing.assert_close(terms["learnt"].raw, expected(float(curriculum.temperature)))
     for name in ("mse", "hard"):
-        alone = DistillationObjective({"it": losses[name]})(student, Outputs(given.members.mixed(1.0)), None)[0]
+        alone = DistillationObjective({"it": losses[name]})(student, Outputs(given.logits), None)[0]
         assert torch.equal(terms[name].raw, alone)
 
 
@@ -226,7 +226,7 @@ def test_members_that_do_not_fit_are_refused_before_training(door: Any, other: A
 
 
 def test_members_of_which_only_the_best_classes_are_known_are_refused() -> None:
-    best = Outputs.of_top_k(torch.zeros(8, 1), torch.zeros(8, 1))
+    best = TopK.of(torch.zeros(8, 1), torch.zeros(8, 1))
     with pytest.raises(ValueError, match="teacher 1 of the ensemble gives its best classes, expected logits of all"):
         Ensemble([good_teacher(), FromBatch()])(BATCH._replace(teacher=best))
 
