@@ -7,8 +7,8 @@ from lightning.pytorch import LightningDataModule
 
 from kd_lightning.durable_files import sha256_of
 from kd_lightning.pipeline.recipe import Recipe
-from kd_lightning.pipeline.source_code import hashes_of, package_hash
 from kd_lightning.pipeline.stage_folder import Finished
+from kd_lightning.source_code import hashes_of, package_hash
 
 
 def fingerprint_of(recipe: Recipe, data: LightningDataModule, teacher: Finished | None) -> str:
@@ -27,6 +27,6 @@ def fingerprint_of(recipe: Recipe, data: LightningDataModule, teacher: Finished 
 
 
 def code_of(recipe: Recipe) -> dict[str, str]:
-    """Hash the code that a stage runs; see :mod:`kd_lightning.pipeline.source_code`."""
+    """Hash the code that a stage runs; see :mod:`kd_lightning.source_code`."""
     makes = (recipe.network, recipe.losses, recipe.data, recipe.trainer, recipe.callbacks, recipe.source)
     return {"kd_lightning": package_hash(), **hashes_of(recipe.config, (*makes, recipe.optimizer, recipe.scheduler))}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.pipeline import source_code
+from kd_lightning import source_code
 from kd_lightning.pipeline.fingerprint import fingerprint_of
-from kd_lightning.pipeline.source_code import TELLS, hash_of, hashes_of, package_hash
+from kd_lightning.source_code import TELLS, hash_of, hashes_of, package_hash
 from tests.pipeline.tiny_recipe import TinyData, recipe
 
 SOURCE = '''
@@ -195,6 +195,6 @@ def test_an_installed_package_counts_by_its_version() -> None:
 
 
 def test_another_process_finds_the_same() -> None:
-    code = "from kd_lightning.pipeline.source_code import package_hash; print(package_hash())"
+    code = "from kd_lightning.source_code import package_hash; print(package_hash())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert said.stdout.split()[-1] == package_hash()

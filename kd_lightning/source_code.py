@@ -23,7 +23,7 @@ from typing import Any
 import lightning
 import torch
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parent
 TELLS = frozenset(
     {
         "__main__.py",
