@@ -3,9 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, padding, rows
+from kd_lightning.losses.base import LogitLoss, check_same_shape, check_temperature, counted, padding
 from kd_lightning.losses.kd import kd
 from kd_lightning.outputs import Outputs, TopK, class_dim
+from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
 def deit_soft(
@@ -26,14 +27,16 @@ def deit_soft(
     return kd(student_logits, teacher_logits, target, temperature=temperature) / classes
 
 
-def deit_hard(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def deit_hard(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
     """Cross-entropy with the teacher's prediction as the label: −log softmax(z_s)_argmax z_t (eq. 3, second term).
 
     Shape:
         student_logits, teacher_logits: (B, C), (B, S, V) or (B, C, H, W), averaged over samples, tokens or pixels.
+        target: Of those, -100 where one does not count; zero, with a gradient of zero, where none does.
     """
     check_same_shape(student_logits, teacher_logits)
-    return F.cross_entropy(rows(student_logits), rows(teacher_logits).argmax(-1))
+    z_s, z_t = counted(target, student_logits, teacher_logits)
+    return _cross_entropy(z_s, z_t.argmax(-1))
 
 
 class DeiTSoft(LogitLoss):
@@ -59,11 +62,20 @@ class DeiTSoft(LogitLoss):
 
 
 class DeiTHard(LogitLoss):
-    """The teacher's hard labels: its corrections without its dark knowledge, hence the control beside :class:`KD`."""
+    """The teacher's hard labels: its corrections without its dark knowledge, hence the control beside :class:`KD`.
+
+    Samples and pixels without label count, tokens that are ignored do not.
+    """
 
     takes_top_k = True
 
     def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
+        tokens = padding(student.logits, target)
         if isinstance(teacher, TopK) and not self.standardize:
-            return F.cross_entropy(rows(student.logits), teacher.best().flatten())
-        return deit_hard(*self.logits(student, teacher))
+            (z_s,), best = counted(tokens, student.logits), teacher.best().flatten()
+            return _cross_entropy(z_s, best if tokens is None else best[tokens.flatten() != IGNORE_INDEX])
+        return deit_hard(*self.logits(student, teacher), tokens)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels) if len(labels) else 0.0 * logits.sum()

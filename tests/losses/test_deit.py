@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd_lightning import Outputs
 from kd_lightning.losses import DeiTHard, DeiTSoft, deit_hard, deit_soft, kd, standardize_logits
+from kd_lightning.outputs import TopK
 from tests.losses.reference import numerical_gradient, softmax, wave
 
 STUDENT, TEACHER = wave((8, 10), 0.7, 0.1), wave((8, 10), 1.3, 0.5)
@@ -55,6 +56,23 @@ def test_labels_that_contradict_the_teacher_change_nothing() -> None:
 
 def test_tokens_count_as_samples() -> None:
     assert deit_hard(STUDENT.reshape(2, 4, 10), TEACHER.reshape(2, 4, 10)) == deit_hard(STUDENT, TEACHER)
+
+
+def test_of_tokens_those_that_are_ignored_do_not_count() -> None:
+    student, teacher = STUDENT.reshape(2, 4, 10).clone().requires_grad_(), TEACHER.reshape(2, 4, 10)
+    target = torch.tensor([[1, -100, 0, 3], [-100, -100, 7, 2]])
+    best = teacher.log_softmax(-1).topk(3)
+    for given in (Outputs(teacher), TopK.of(best.indices, best.values)):
+        loss = DeiTHard()(Outputs(student), given, target)
+        kept = [0, 2, 3, 6, 7]
+        assert loss.item() == pytest.approx(deit_hard(STUDENT[kept], TEACHER[kept]).item(), rel=1e-12)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient[target != -100].any()
+        assert not gradient[target == -100].any()
+        nothing = DeiTHard()(Outputs(student), given, torch.full((2, 4), -100))
+        (gradient,) = torch.autograd.grad(nothing, student)
+        assert nothing == 0
+        assert not gradient.any()
 
 
 def test_extreme_logits_and_a_batch_of_one_stay_finite() -> None:
