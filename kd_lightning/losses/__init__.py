@@ -6,6 +6,7 @@ from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
 from kd_lightning.losses.cat_kd import CATKD, class_attention_transfer
 from kd_lightning.losses.cc import CC, correlation_congruence
+from kd_lightning.losses.cosine import Cosine, cosine
 from kd_lightning.losses.crd import CRD, crd
 from kd_lightning.losses.ctkd import CurriculumTemperature
 from kd_lightning.losses.cwd import CWD, cwd
@@ -36,6 +37,7 @@ from kd_lightning.losses.simkd import SimKD
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
+from kd_lightning.losses.supcon import SupCon, supervised_contrastive
 from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.ttm import TTM, ttm
@@ -69,6 +71,7 @@ __all__ = [
     "TTM",
     "ULD",
     "VID",
+    "Cosine",
     "CurriculumTemperature",
     "DeiTHard",
     "DeiTSoft",
@@ -86,6 +89,7 @@ __all__ = [
     "SimKD",
     "SkewedForwardKL",
     "SkewedReverseKL",
+    "SupCon",
     "SymmetricKL",
     "TopKKL",
     "TotalVariation",
@@ -98,6 +102,7 @@ __all__ = [
     "class_attention_transfer",
     "class_correlation",
     "correlation_congruence",
+    "cosine",
     "crd",
     "cwd",
     "deit_hard",
@@ -131,6 +136,7 @@ __all__ = [
     "skewed_reverse_kl",
     "sorted_probabilities",
     "standardize_logits",
+    "supervised_contrastive",
     "symmetric_kl",
     "top_k_kl",
     "total_variation",

@@ -110,25 +110,37 @@ class LogitLoss(DistillationLoss):
 
 
 class FeatureLoss(DistillationLoss):
-    """A loss on the outputs of one layer each.
+    """A loss on the outputs of one layer each, or on the networks' own outputs where no layer is named.
 
     Args:
-        student_layer: Name of the student's layer.
+        student_layer: Name of the student's layer; None for the outputs of both networks, such as embeddings.
         teacher_layer: Name of the teacher's layer; the student's unless given.
         weight: Factor of the term.
         gather: See :class:`DistillationLoss`.
+
+    Raises:
+        ValueError: For a teacher's layer without a student's.
     """
 
     needs_same_classes = over_classes = False
-    takes_top_k = True  # it reads no logits
 
     def __init__(
-        self, student_layer: str, teacher_layer: str | None = None, weight: float = 1.0, gather: bool = False
+        self,
+        student_layer: str | None = None,
+        teacher_layer: str | None = None,
+        weight: float = 1.0,
+        gather: bool = False,
     ) -> None:
-        super().__init__(weight, [student_layer], [teacher_layer or student_layer], gather)
+        if student_layer is None and teacher_layer is not None:
+            raise ValueError(f"expected a student_layer to compare with {teacher_layer!r}, got None: name both or none")
+        layers = [] if student_layer is None else [student_layer]
+        super().__init__(weight, layers, None if teacher_layer is None else [teacher_layer], gather)
+        self.takes_top_k = bool(layers)  # with layers, it reads no logits
 
     def features(self, student: Outputs, teacher: Outputs | TopK) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the student's and the teacher's layer."""
+        """Return what is compared: the outputs of the two layers, or of the two networks."""
+        if not self.student_layers:
+            return student.logits, teacher.logits
         return student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]
 
 

@@ -28,7 +28,8 @@ class CC(FeatureLoss):
     Both embeddings are trained, the teacher's too, as in the code of published tables.
 
     Args:
-        student_layer: Name of a layer, usually the one that the classifier reads. Maps are averaged over space.
+        student_layer: Name of a layer, usually the one that the classifier reads; the networks' outputs, such as
+            embeddings, unless given. Maps are averaged over space.
         teacher_layer: The teacher's; the student's name unless given.
         width: Of the embeddings.
         weight: Factor of the term; published CIFAR-100 tables use 0.02.
@@ -45,7 +46,7 @@ class CC(FeatureLoss):
 
     def __init__(
         self,
-        student_layer: str,
+        student_layer: str | None = None,
         teacher_layer: str | None = None,
         width: int = 128,
         weight: float = 1.0,

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_lightning.losses.base import DistillationLoss, check_same_shape, check_temperature
+from kd_lightning.losses.base import FeatureLoss, check_same_shape, check_temperature
 from kd_lightning.losses.features import check_maps, project, projector, same_size
 from kd_lightning.outputs import Outputs
 
@@ -25,7 +25,7 @@ def cwd(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) 
     return temperature**2 * total / (s.shape[0] * s.shape[1])
 
 
-class CWD(DistillationLoss):
+class CWD(FeatureLoss):
     """Where in the image each channel is active; see :func:`cwd`.
 
     Maps of other channels than the teacher's go through a learnt 1 × 1 convolution; where the sizes differ, the larger
@@ -41,7 +41,6 @@ class CWD(DistillationLoss):
         ValueError: For a temperature ≤ 0, and for a teacher's layer without a student's.
     """
 
-    over_classes = False  # its softmax is over places
     projector: nn.Module
 
     def __init__(
@@ -51,28 +50,20 @@ class CWD(DistillationLoss):
         temperature: float = 4.0,
         weight: float = 1.0,
     ) -> None:
-        if student_layer is None and teacher_layer is not None:
-            raise ValueError(f"expected a student_layer to compare with {teacher_layer!r}, got None: name both or none")
-        layers = [] if student_layer is None else [student_layer]
-        super().__init__(weight, layers, None if teacher_layer is None else [teacher_layer])
+        super().__init__(student_layer, teacher_layer, weight)
         check_temperature(temperature)
         self.temperature = temperature
-        self.needs_same_classes, self.takes_top_k = not layers, bool(layers)
+        self.needs_same_classes = not self.student_layers
         self.projector = nn.Identity()
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         assert teacher is not None
-        s, t = self._maps(student, teacher)
+        s, t = self.features(student, teacher)
         check_maps(s, "cwd")
         check_maps(t, "cwd")
         if self.student_layers and s.shape[1] != t.shape[1]:
             self.projector = projector(s, t, "cwd")
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
-        s, t = same_size(*self._maps(student, teacher))
+        s, t = same_size(*self.features(student, teacher))
         return cwd(project(self.projector, s), t, temperature=self.temperature)
-
-    def _maps(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        if not self.student_layers:
-            return student.logits, teacher.logits
-        return student.features[self.student_layers[0]], teacher.features[self.teacher_layers[0]]

@@ -1,5 +1,6 @@
 """What the losses on features have in common: shapes, and projectors from the student's to the teacher's."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +10,13 @@ def embedding(feature: Tensor) -> Tensor:
     if feature.ndim == 4:
         return feature.mean((2, 3))
     return feature.mean(1) if feature.ndim == 3 else feature
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Divide vectors (..., D) by their length; one of zeros stays so, with a gradient of zero."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    some = length > 0
+    return (vectors / length.where(some, 1.0)).where(some, 0.0)
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

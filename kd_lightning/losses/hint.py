@@ -25,7 +25,7 @@ class Hint(FeatureLoss):
     Where the maps differ in size, the larger is average-pooled to the smaller.
 
     Args:
-        student_layer: The guided layer.
+        student_layer: The guided layer; the networks' outputs, such as embeddings, unless given.
         teacher_layer: The hint layer; the student's name unless given.
         kernel_size: Of the convolution, odd.
         weight: Factor of the term; published CIFAR-100 tables use 100.
@@ -37,7 +37,11 @@ class Hint(FeatureLoss):
     projector: nn.Module
 
     def __init__(
-        self, student_layer: str, teacher_layer: str | None = None, kernel_size: int = 1, weight: float = 1.0
+        self,
+        student_layer: str | None = None,
+        teacher_layer: str | None = None,
+        kernel_size: int = 1,
+        weight: float = 1.0,
     ) -> None:
         super().__init__(student_layer, teacher_layer, weight)
         if kernel_size % 2 != 1:

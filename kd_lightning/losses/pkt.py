@@ -33,7 +33,8 @@ class PKT(FeatureLoss):
     """Which samples of a batch are alike, as a distribution over them; see :func:`pkt`.
 
     Args:
-        student_layer: Name of a layer, usually the one that the classifier reads. Maps are averaged over space.
+        student_layer: Name of a layer, usually the one that the classifier reads; the networks' outputs, such as
+            embeddings, unless given. Maps are averaged over space.
         teacher_layer: The teacher's; the student's name unless given.
         weight: Factor of the term; published CIFAR-100 tables use 30000.
         gather: See :class:`~kd_lightning.losses.DistillationLoss`.

@@ -44,7 +44,8 @@ class RKD(FeatureLoss):
     """Distances and angles between the samples of a batch; see :func:`rkd_distance` and :func:`rkd_angle`.
 
     Args:
-        student_layer: Name of a layer, usually the one that the classifier reads. Maps are averaged over space.
+        student_layer: Name of a layer, usually the one that the classifier reads; the networks' outputs, such as
+            embeddings, unless given. Maps are averaged over space.
         teacher_layer: The teacher's; the student's name unless given.
         distance_weight: Factor of the distances.
         angle_weight: Factor of the angles.
@@ -60,7 +61,7 @@ class RKD(FeatureLoss):
 
     def __init__(
         self,
-        student_layer: str,
+        student_layer: str | None = None,
         teacher_layer: str | None = None,
         distance_weight: float = 25.0,
         angle_weight: float = 50.0,

@@ -27,6 +27,7 @@ class SP(FeatureLoss):
 
     Args:
         student_layer: Name of a layer; the authors' is the last that gives maps, which are not averaged over space.
+            The networks' outputs, such as embeddings, unless given.
         teacher_layer: The teacher's; the student's name unless given.
         weight: Factor of the term; published CIFAR-100 tables use 3000.
         gather: See :class:`~kd_lightning.losses.DistillationLoss`.

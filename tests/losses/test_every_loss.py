@@ -39,6 +39,8 @@ class Case(NamedTuple):
     make: Callable[..., DistillationLoss]
     logits: str = "vectors"
     teacher_classes: int = CLASSES
+    labelled_classes: int = CLASSES
+    """How many classes the labels are of; of fewer than samples where a loss compares samples of one class."""
 
 
 def curriculum(inner: Callable[[], DistillationLoss], **options: Any) -> losses.CurriculumTemperature:
@@ -76,6 +78,8 @@ ON_FEATURES = {
     "cat_kd_sizes": partial(losses.CATKD, "late", normalize=False),
     "cc": partial(losses.CC, "pooled", width=3),
     "cc_maps": partial(losses.CC, "late", width=3),
+    "cosine": partial(losses.Cosine, "pooled"),
+    "cosine_maps": partial(losses.Cosine, "late"),
     "crd": partial(losses.CRD, "pooled", feature_dim=3, negatives=5),
     "crd_maps_all_negatives": partial(losses.CRD, "late", feature_dim=3),
     "cwd": partial(losses.CWD, "late"),
@@ -101,6 +105,7 @@ ON_FEATURES = {
     "vid_tokens_and_vectors": partial(losses.VID, ["tokens", "pooled"]),
     "wkd_features": partial(losses.WKDFeatures, "late"),
 }
+ON_OUTPUTS = (losses.CC, losses.Cosine, losses.Hint, losses.PKT, losses.RKD, losses.SP)
 VARIANTS = {
     "abkd_kl": partial(losses.ABKD, 1.0, 0.0),
     "abkd_logarithms": partial(losses.ABKD, 0.0, 0.0),
@@ -119,7 +124,10 @@ CASES = {
     },
     **{name: Case(make) for name, make in {**VARIANTS, **ON_FEATURES}.items()},
     "cwd-dense": Case(losses.CWD, "dense"),
+    "supcon": Case(losses.SupCon, labelled_classes=2),
     "uld-other_vocabulary": Case(losses.ULD, "tokens", teacher_classes=7),
+    # Embeddings: what the networks give is vectors, the teacher's of another width.
+    **{f"{make.__name__.lower()}-outputs": Case(make, teacher_classes=7) for make in ON_OUTPUTS},
 }
 
 
@@ -185,7 +193,7 @@ def labels(case: Case, batch: int = BATCH) -> Tensor:
     """A class for each sample, token or pixel; the last has none, unless it is the only one."""
     logits = outputs(case, STUDENT, batch).logits
     shape = logits.movedim(1, -1).shape[:-1] if case.logits == "dense" else logits.shape[:-1]
-    target = (torch.arange(shape.numel()) % CLASSES).reshape(shape)
+    target = (torch.arange(shape.numel()) % case.labelled_classes).reshape(shape)
     if shape.numel() > 1:
         target.view(-1)[-1] = -100
     return target

@@ -25,6 +25,8 @@ COMPARING = {
     "cc": lambda: losses.CC("head", weight=0.02, gather=True),
     "dist": lambda: losses.DIST(gather=True),
     "mlkd": lambda: losses.MLKD(gather=True),
+    "supcon": lambda: losses.SupCon(gather=True),
+    "pkt_outputs": lambda: losses.PKT(weight=100.0, gather=True),
 }
 
 
