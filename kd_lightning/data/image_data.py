@@ -1,38 +1,22 @@
-"""What the data modules have in common."""
+"""What the data modules of images have in common."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
-from kd_lightning.data.loaders import in_order, shuffled
-
-ROLES = ("teacher", "student", "control", "distilled")
+from kd_lightning.data.role_data import RoleData
 
 
-class Subset(Protocol):
-    """A data set with what a fingerprint depends on."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, key: Any) -> Any: ...
-    def content(self) -> bytes: ...
-
-
-class ImageData(LightningDataModule):
-    """Subsets by name, loaded once; a subclass says how, and which one its role trains on.
+class ImageData(RoleData):
+    """Subsets of images.
 
     Attributes:
-        num_classes: Of the targets.
-        class_names: By target.
-        input_shape: Of one image: (C, H, W).
-        mean: Of each channel, with pixels in [0, 1]; subtracted.
-        std: Likewise; divided by.
-        around: What is put around the training set, in this order: :class:`~kd_lightning.data.WithIds`, where a loss
-            remembers samples; ``StoredOutputs``, where the teacher's outputs were stored. A pipeline sets it.
+        num_classes: Number of classes of the targets.
+        class_names: Names by target.
+        input_shape: Shape of one image: (C, H, W).
+        mean: Mean of each channel, with pixels in [0, 1]; subtracted.
+        std: Standard deviation of each channel; divided by.
     """
 
     num_classes: int
@@ -40,69 +24,6 @@ class ImageData(LightningDataModule):
     input_shape: tuple[int, int, int]
     mean: Sequence[float]
     std: Sequence[float]
-
-    def __init__(self, batch_size: int, eval_batch_size: int, num_workers: int, role: str, seed: int) -> None:
-        super().__init__()
-        if role not in ROLES:
-            raise ValueError(f"expected role to be one of {', '.join(ROLES)}, got {role!r}")
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.role, self.seed = role, seed
-        self.around: Sequence[Callable[[Any], Any]] = ()
-        self._subsets: Mapping[str, Any] = {}
-
-    def load_subsets(self) -> Mapping[str, Subset]:
-        """Return all subsets by name, ``validation`` and ``test`` among them."""
-        raise NotImplementedError
-
-    def training_set(self) -> Subset:
-        """Return what the role trains on."""
-        training: Subset = self.subset("train")
-        return training
-
-    def subset(self, name: str) -> Any:
-        """Return a subset of those that :attr:`counts` names."""
-        self.setup()
-        return self._subsets[name]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Images in each subset."""
-        self.setup()
-        return {name: len(subset) for name, subset in self._subsets.items()}
-
-    def setup(self, stage: str = "fit") -> None:
-        self._subsets = self._subsets or self.load_subsets()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        training: Any = self.training_set()
-        if not len(training):
-            raise ValueError(f"expected images for the role {self.role}, got none of {self.counts}: ask for some")
-        for wrap in self.around:
-            training = wrap(training)
-        return shuffled(training, self.batch_size, self.seed, self.trainer, self.num_workers)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return in_order(self.subset("validation"), self.eval_batch_size, self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return in_order(self.subset("test"), self.eval_batch_size, self.num_workers)
-
-    def fingerprint(self) -> str:
-        """Hash the images, targets and kind of augmentation that this role's training, the validation and the test see.
-
-        Two modules with the same one give the same result under the same seed and batch size, whatever options they
-        were made with: the teacher's does not change with the student's number of labels.
-        """
-        digest = hashlib.sha256()
-        for subset in (self.training_set(), self.subset("validation"), self.subset("test")):
-            digest.update(f"{len(subset)} ".encode())
-            digest.update(subset.content())
-        return digest.hexdigest()
 
 
 def draw(pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str) -> list[NDArray[np.int64]]:

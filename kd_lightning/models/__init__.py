@@ -1,6 +1,7 @@
-"""The networks of the published result tables, and small ones for the default run."""
+"""The networks of the published result tables, and small ones for the default run and the other tasks."""
 
 from kd_lightning.models.cifar_resnet import CIFARResNet, resnet8x4, resnet32x4
 from kd_lightning.models.small import CNN8, CNN64, MLP32
+from kd_lightning.models.tagger import Tagger
 
-__all__ = ["CNN8", "CNN64", "MLP32", "CIFARResNet", "resnet8x4", "resnet32x4"]
+__all__ = ["CNN8", "CNN64", "MLP32", "CIFARResNet", "Tagger", "resnet8x4", "resnet32x4"]

@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused_before_training(options: dict, message: str):
 
 def test_a_role_without_images_is_refused():
     data = FashionMNIST(labelled=0, unlabelled=10, role="student")
-    with pytest.raises(ValueError, match="expected images for the role student, got none"):
+    with pytest.raises(ValueError, match="expected samples for the role student, got none"):
         data.train_dataloader()
 
 

@@ -62,14 +62,14 @@ def test_of_tokens_those_that_are_ignored_do_not_count() -> None:
     student, teacher = STUDENT.reshape(2, 4, 10).clone().requires_grad_(), TEACHER.reshape(2, 4, 10)
     target = torch.tensor([[1, -100, 0, 3], [-100, -100, 7, 2]])
     best = teacher.log_softmax(-1).topk(3)
-    for given in (Outputs(teacher), TopK.of(best.indices, best.values)):
-        loss = DeiTHard()(Outputs(student), given, target)
+    for known in (Outputs(teacher), TopK.of(best.indices, best.values)):
+        loss = DeiTHard()(Outputs(student), known, target)
         kept = [0, 2, 3, 6, 7]
         assert loss.item() == pytest.approx(deit_hard(STUDENT[kept], TEACHER[kept]).item(), rel=1e-12)
         (gradient,) = torch.autograd.grad(loss, student)
         assert gradient[target != -100].any()
         assert not gradient[target == -100].any()
-        nothing = DeiTHard()(Outputs(student), given, torch.full((2, 4), -100))
+        nothing = DeiTHard()(Outputs(student), known, torch.full((2, 4), -100))
         (gradient,) = torch.autograd.grad(nothing, student)
         assert nothing == 0
         assert not gradient.any()

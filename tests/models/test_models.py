@@ -111,9 +111,12 @@ def test_a_depth_that_no_such_network_has_is_refused(depth: int):
 def test_each_config_makes_a_network_with_its_number_of_classes(name: str):
     config: Any = OmegaConf.load(CONF / f"{name}.yaml")
     for num_classes in (config.num_classes, 7):
-        network = instantiate(config, num_classes=num_classes, _convert_="all")
-        size = (3, 32, 32) if "resnet" in name else (1, 28, 28)
-        assert network.eval()(torch.zeros(1, *size)).shape == (1, num_classes)
+        network = instantiate(config, num_classes=num_classes, _convert_="all").eval()
+        if "tagger" in name:
+            assert network(torch.zeros(1, 20, 12).long()).shape == (1, 20, num_classes)
+        else:
+            size = (3, 32, 32) if "resnet" in name else (1, 28, 28)
+            assert network(torch.zeros(1, *size)).shape == (1, num_classes)
 
 
 def test_each_network_has_a_config():
