@@ -25,11 +25,12 @@ from kd_lightning.configuration.arguments import ConfigurationError, check_argum
 from kd_lightning.configuration.composing import Held, explain
 from kd_lightning.configuration.keys import STAGES, check_keys
 from kd_lightning.configuration.parts import Part, by_name, target_of
-from kd_lightning.pipeline import Pipeline, Recipe
-from kd_lightning.pipeline.check_training import check_limits
-from kd_lightning.pipeline.quantizing import QuantizedStage
-from kd_lightning.pipeline.results import TITLES, Role
-from kd_lightning.pipeline.sources import taught_through, through_stored_outputs
+from kd_lightning.pipeline.pipeline import Pipeline
+from kd_lightning.pipeline.quantize import QuantizationPlan
+from kd_lightning.pipeline.records import TITLES, Role, Verdict
+from kd_lightning.pipeline.training import Training, taught_from_disk, taught_through
+from kd_lightning.preflight.trainer import check_limits
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import Stored, Teacher
 from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.logger import store_uri
@@ -95,8 +96,17 @@ def _hydra_main(config: DictConfig) -> float | None:
         return None
     if config.logger:
         _say_where(job.console, config.logger.get("tracking_uri"))
+    return sweep_objective(verdict)
+
+
+def sweep_objective(verdict: Verdict) -> float | None:
+    """Return what a Hydra sweeper optimises: the distilled model's headline on the validation split.
+
+    Accuracies and other headlines of which more is better are to be maximised, errors to be minimised: set the
+    sweeper's ``direction`` to that.
+    """
     chosen = verdict.models.get(verdict.distilled or "")
-    return chosen.val_accuracy if chosen is not None else None  # what a Hydra sweeper maximises
+    return chosen.figures.get("val") if chosen is not None else None
 
 
 def pipeline(config: DictConfig, experiment: str | None = None, overrides: Sequence[str] = ()) -> Pipeline:
@@ -113,46 +123,55 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
     """
     resolved = _whole(config)
     check_keys(resolved, OmegaConf.to_yaml(config))
-    teacher = None
+    task, teacher = _task(Part(resolved["task"], "task")), None
     if "teacher" in config.stages or config.teacher.checkpoint is not None:
         teacher = _teacher(resolved)
     assistants = [_assistant(resolved, name) for name in resolved["assistants"] if "assistants" in config.stages]
-    recipes = []
+    trainings = []
     wanted = {*config.stages, *(["distilled"] if "store_outputs" in config.stages else [])}
-    members: dict[str, Recipe] = {}
+    members: dict[str, Training] = {}
     for role in (role for role in _STUDENTS if role in wanted):
         variants = _variants(config, overrides) if role == "distilled" else {role: resolved}
         for label, variant in variants.items():
-            recipes += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
+            if variant["task"] != resolved["task"]:
+                raise ConfigurationError(f"variants.{label}: sets task, expected one for all models that are compared")
+            trainings += [_student(variant, role, label, int(seed)) for seed in resolved["seeds"]]
             for member, of in _members(variant).items() if role != "student" else ():
                 if member != "teacher":
                     members[member] = _teacher(variant, member, of)
     return Pipeline(
         name=resolved["name"] or experiment or "kd-lightning",
+        task=task,
         teacher=teacher,
         members=list(members.values()),
         assistants=assistants,
-        to_store=[recipe for recipe in recipes if recipe.stored_outputs is not None],
-        students=[recipe for recipe in recipes if recipe.role in config.stages],
+        to_store=[training for training in trainings if training.stored_outputs is not None],
+        students=[training for training in trainings if training.role in config.stages],
         quantized=_quantized(resolved["quantized"]) if "quantized" in config.stages else None,
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
         console=Console(width=None if sys.stdout.isatty() else 100),
         make_logger=Part(resolved["logger"], "logger").bound() if resolved["logger"] else None,
         verdict="verdict" in config.stages,
-        recall_classes=resolved["recall_classes"],
         reference=resolved["reference"],
     )
 
 
-def _quantized(config: Mapping[str, Any]) -> QuantizedStage:
-    check_arguments(QuantizedStage, config, "quantized")
+def _task(part: Part) -> Task:
+    made = part.make()
+    if not isinstance(made, Task):
+        raise ConfigurationError(f"{part.path}: expected a kd_lightning.tasks.Task, got a {type(made).__name__}")
+    return made
+
+
+def _quantized(config: Mapping[str, Any]) -> QuantizationPlan:
+    check_arguments(QuantizationPlan, config, "quantized")
     made = Part(config, "quantized").make()
     with errors_at("quantized", arguments=config):
-        return QuantizedStage(**made)
+        return QuantizationPlan(**made)
 
 
-def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | str | None = None) -> Recipe:
+def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | str | None = None) -> Training:
     """Train it, or take its weights from a file; as a member of an ensemble with a seed or a file of its own."""
     part = config["teacher"]
     if member is not None:
@@ -162,6 +181,7 @@ def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | st
         "losses": by_name(part["losses"], "teacher.losses"),
         "callbacks": Part({}, "callbacks"),
         "data": Part(config["data"], "data"),
+        "task": Part(config["task"], "task"),
     }
     parts["trainer"] = _trainer(config, {"teacher": part})
     path = "teacher.checkpoint" if member is None else "teachers.teachers"
@@ -169,10 +189,10 @@ def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | st
     if checkpoint is not None and not checkpoint.is_file():
         what = "is a folder, expected a file" if checkpoint.is_dir() else "there is no such file"
         raise ConfigurationError(f"{path}={checkpoint}: {what}")
-    return _recipe(parts, "teacher", label, int(part["seed"]), checkpoint, bool(part["check"]), {"checkpoint": path})
+    return _training(parts, "teacher", label, int(part["seed"]), checkpoint, bool(part["check"]), {"checkpoint": path})
 
 
-def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
+def _assistant(config: Mapping[str, Any], name: str) -> Training:
     """Train like the teacher, with the distilled student's losses where somebody teaches it, unless it has others."""
     part, names = config["assistants"][name], list(config["assistants"])
     if name in {*STAGES, *TITLES} - {"assistant"}:
@@ -192,33 +212,33 @@ def _assistant(config: Mapping[str, Any], name: str) -> Recipe:
         in_part = key in part
         parts[key] = Part((part if in_part else config["teacher"])[key], f"{own if in_part else 'teacher'}.{key}")
     parts["trainer"] = _trainer(config, {"teacher": config["teacher"], own: part})
-    parts["data"] = Part(config["data"], "data")
+    parts |= {key: Part(config[key], key) for key in ("data", "task")}
     teacher, paths = config["teacher"], {"taught_by": f"{own}.taught_by"}
-    recipe = _recipe(parts, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"], paths=paths)
-    return replace(recipe, taught_by=taught_by)
+    training = _training(parts, "assistant", name, int(teacher["seed"]), check_teacher=teacher["check"], paths=paths)
+    return replace(training, taught_by=taught_by, data_of="teacher")  # it learns from what the teacher has learnt from
 
 
-def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Recipe:
+def _student(config: Mapping[str, Any], role: Role, label: str, seed: int) -> Training:
     # What is wrong with a variant alone is said with its name.
     prefix = f"variants.{label}: " if label != role else ""
-    keys = ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data")
+    keys = ("losses", "callbacks", "optimizer", "scheduler", "trainer", "data", "task")
     nodes = {key: (config[key], prefix + key) for key in keys}
     nodes["network"] = (config["student"]["network"], f"{prefix}student.network")
     if role != "distilled":  # what is particular to a method must not reach those it is compared with
         nodes |= {"losses": (config[role]["losses"], f"{role}.losses"), "callbacks": ({}, "callbacks")}
     parts = {key: (by_name if key in ("losses", "callbacks") else Part)(*node) for key, node in nodes.items()}
-    recipe = _recipe(parts, role, label, seed, check_teacher=config["teacher"]["check"])
-    return recipe if role == "student" else _taught(recipe, config, prefix)
+    training = _training(parts, role, label, seed, check_teacher=config["teacher"]["check"])
+    return training if role == "student" else _taught(training, config, prefix)
 
 
-def _taught(recipe: Recipe, config: Mapping[str, Any], prefix: str) -> Recipe:
+def _taught(training: Training, config: Mapping[str, Any], prefix: str) -> Training:
     source, path = config["teachers"], f"{prefix}teachers"
     make = target_of(source, path)
-    taught_by = config["taught_by"] if recipe.role == "distilled" else "teacher"
+    taught_by = config["taught_by"] if training.role == "distilled" else "teacher"
     if make is Stored or "store_outputs" in config["stages"]:
         with errors_at(path):
-            return through_stored_outputs(recipe, make, taught_by, config["stored_outputs"])
-    if recipe.role == "control" and getattr(make, "learns", False):  # its labels are those of the trained teacher
+            return taught_from_disk(training, make, taught_by, config["stored_outputs"])
+    if training.role == "control" and getattr(make, "learns", False):  # its labels are those of the trained teacher
         make, path = Teacher, "teacher"
         source = {"_target_": "kd_lightning.teachers.Teacher", "accelerate": config["teacher"]["accelerate"]}
 
@@ -226,7 +246,7 @@ def _taught(recipe: Recipe, config: Mapping[str, Any], prefix: str) -> Recipe:
         return Part(part, path).bound()
 
     with errors_at(path):
-        taught = taught_through(recipe, source, make, bound, taught_by, list(_members(config)))
+        taught = taught_through(training, source, make, bound, taught_by, list(_members(config)))
     return replace(taught, paths={**taught.paths, "teachers": path})
 
 
@@ -259,7 +279,7 @@ def _trainer(config: Mapping[str, Any], owners: Mapping[str, Mapping[str, Any]])
     return Part(node, "trainer", places)
 
 
-def _recipe(
+def _training(
     parts: Mapping[str, Part],
     role: Role,
     label: str,
@@ -267,7 +287,7 @@ def _recipe(
     checkpoint: Path | None = None,
     check_teacher: bool = True,
     paths: Mapping[str, str] | None = None,
-) -> Recipe:
+) -> Training:
     node, scheduler = parts["trainer"].node, parts["scheduler"]
     own_callbacks = Part(node.get("callbacks") or [], f"{parts['trainer'].path}.callbacks")
     without = {key: value for key, value in node.items() if key != "callbacks"}
@@ -281,12 +301,13 @@ def _recipe(
 
     losses, data = parts["losses"], parts["data"].bound()
     config = {key: part.node for key, part in parts.items()}
-    return Recipe(
+    return Training(
         role=role,
         label=label,
         method=_method(losses.node) if checkpoint is None else "checkpoint",
         seed=seed,
         config={**config, "seed": seed},
+        task=_task(parts["task"]),
         network=parts["network"].make,
         losses=losses.make,
         callbacks=lambda: list(parts["callbacks"].make().values()),

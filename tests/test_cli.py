@@ -31,6 +31,7 @@ def test_help_names_the_groups_and_writes_nothing(tmp_path: Path) -> None:
         ("losses=[hard_label,kdd]", f"losses: the options here are {LOSSES}"),
         ("modles@student.network=cnn8", "models"),
         ("models@student.network=cnn9", "models: the options here are cnn64, cnn8, mlp32"),
+        ("task=clasification", "task: the options here are classification"),
         ("experiment=fashion_mnist/foo", "fashion_mnist/temperature"),
     ],
 )

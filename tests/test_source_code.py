@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from kd_lightning import source_code
-from kd_lightning.pipeline.fingerprint import fingerprint_of
 from kd_lightning.source_code import TELLS, hash_of, hashes_of, package_hash
-from tests.pipeline.tiny_recipe import TinyData, recipe
+from tests.pipeline.tiny_training import TinyData, training
 
 SOURCE = '''
 """A loss."""
@@ -72,7 +71,7 @@ def test_anything_else_does(old: str, new: str) -> None:
 def copy_of_package(tmp_path: Path, monkeypatch):
     """A package of which files can be edited, in the place of this one; call it for the hash as it is then."""
     package = tmp_path / "kd_lightning"
-    for name in ("module.py", "cli.py", "pipeline/verdict.py"):
+    for name in ("module.py", "cli.py", "pipeline/compare.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_bytes((source_code._PACKAGE / name).read_bytes())
     monkeypatch.setattr(source_code, "_PACKAGE", package)
@@ -89,7 +88,7 @@ def copy_of_package(tmp_path: Path, monkeypatch):
 def test_a_reworded_message_of_this_package_trains_nothing_again(copy_of_package) -> None:
     before = package_hash.__wrapped__()
     assert copy_of_package("cli.py", "import", "import json\nimport") == before  # what it does is in the configuration
-    assert copy_of_package("pipeline/verdict.py", "def ", "def a_") == before
+    assert copy_of_package("pipeline/compare.py", "def ", "def a_") == before
     assert copy_of_package("module.py", "The first front door", "One front door") == before
     assert copy_of_package("module.py", "def ", "def a_") != before
 
@@ -182,11 +181,11 @@ def test_words_that_name_no_module_are_only_words(own: Path) -> None:
     assert hashes_of({"path": "own_words.weight", "a": "nowhere.at.all", "b": 3, "c": {"_target_": "nowhere.K"}}) == {}
 
 
-def test_a_recipe_made_in_python_counts_the_modules_of_its_functions() -> None:
-    fingerprint = fingerprint_of(recipe(), TinyData("student", 0), None)
-    assert fingerprint == fingerprint_of(recipe(), TinyData("student", 0), None)
-    code = source_code.hashes_of({}, (recipe().network, recipe().data))
-    assert {"tests.tiny", "tests.pipeline.tiny_recipe"} <= code.keys()
+def test_a_training_made_in_python_counts_the_modules_of_its_functions() -> None:
+    fingerprint = training().fingerprint(TinyData("student", 0), None)
+    assert fingerprint == training().fingerprint(TinyData("student", 0), None)
+    code = source_code.hashes_of({}, (training().network, training().data))
+    assert {"tests.tiny", "tests.pipeline.tiny_training"} <= code.keys()
 
 
 def test_an_installed_package_counts_by_its_version() -> None:

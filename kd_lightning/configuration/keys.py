@@ -62,11 +62,11 @@ class Keys(TypedDict):
     scheduler: dict[str, Any] | None
     trainer: dict[str, Any]
     data: dict[str, Any]
+    task: dict[str, Any]
     quantized: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     reference: str | None
     stored_outputs: StoredOutputsKeys
-    recall_classes: list[int]
     logger: dict[str, Any] | None
 
 
@@ -113,8 +113,6 @@ def check_keys(config: Mapping[str, Any], written: str) -> None:
         raise ConfigurationError(f"stored_outputs.views={stored['views']}: expected 1 or more of each sample")
     with errors_at("stored_outputs", arguments=stored):
         find_format(stored["format"])
-    if any(number < 0 for number in config["recall_classes"]):
-        raise ConfigurationError(f"recall_classes={_list(config['recall_classes'])}: expected classes from 0")
 
 
 def check_seeds(seeds: Sequence[int], path: str) -> None:

@@ -24,7 +24,7 @@ class RoleData(LightningDataModule):
     """Subsets by name, loaded once; a subclass says how, and which one its role trains on.
 
     Attributes:
-        around: What is put around the training set, in this order: :class:`~kd_lightning.data.WithIds`, where a loss
+        wrappers: What is put around the training set, in this order: :class:`~kd_lightning.data.WithIds`, where a loss
             remembers samples; ``StoredOutputs``, where the teacher's outputs were stored. A pipeline sets it.
     """
 
@@ -39,7 +39,7 @@ class RoleData(LightningDataModule):
             raise ValueError(f"expected num_workers of 0 or more, got {num_workers}")
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.role, self.seed = role, seed
-        self.around: Sequence[Callable[[Any], Any]] = ()
+        self.wrappers: Sequence[Callable[[Any], Any]] = ()
         self._subsets: Mapping[str, Any] = {}
 
     def load_subsets(self) -> Mapping[str, Subset]:
@@ -69,7 +69,7 @@ class RoleData(LightningDataModule):
         training: Any = self.training_set()
         if not len(training):
             raise ValueError(f"expected samples for the role {self.role}, got none of {self.counts}: ask for some")
-        for wrap in self.around:
+        for wrap in self.wrappers:
             training = wrap(training)
         return shuffled(training, self.batch_size, self.seed, self.trainer, self.num_workers)
 

@@ -55,5 +55,13 @@ class WithIds(Dataset[Any]):
         return Identified(fetched, ids, total.expand(len(ids)))
 
 
+def asks_for_views(dataset: Any) -> bool:
+    """Tell whether a data set, or the one inside :class:`WithIds`, is annotated to take a :class:`View` as key."""
+    if isinstance(dataset, WithIds):
+        return asks_for_views(dataset.dataset)
+    annotations = getattr(type(dataset).__getitem__, "__annotations__", {})
+    return any("View" in str(kind) for name, kind in annotations.items() if name != "return")
+
+
 def _id(key: Any) -> int:
     return key.sample if isinstance(key, View) else int(key)

@@ -1,108 +1,182 @@
-"""How sure a difference between two trained networks is: intervals paired over seeds and test samples.
+"""How sure a difference between two trained networks is: intervals paired over seeds and test units.
 
-Every network is trained with the same seeds and tested on the same images, so what is compared is never two averages
-but the same image under the same seed, once with each network.
+Every network is trained with the same seeds and tested on the same units (images, sentences), so what is compared is
+never two averages but the same unit under the same seed, once with each network.
+
+Why no bootstrap over the seeds: it would resample the three values that there are. Their resampled variance is 2/3 of
+an unbiased estimate, and its percentiles stand in for a t with 2 degrees of freedom, whose 97.5 % point is 4.3 and not
+1.96: such an interval has well under half of the width that it needs. Units are many, so for them both hold.
 """
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
+from scipy.stats import DegenerateDataWarning, bootstrap
 
-Correct = NDArray[np.bool_]
+from kd_lightning.pipeline.records import Interval, Share
+from kd_lightning.tasks.headline import Headline
 
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval, as fractions (0.01 is one point of accuracy)."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __neg__(self) -> "Interval":
-        """Return the same difference, taken the other way round."""
-        return Interval(-self.mean, -self.high, -self.low)
+_RESAMPLES = 2000  # the standard error of a standard error is then 1.6 % of it
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share with its 95 % interval; 1.0 is the whole gap.
+@dataclass(frozen=True, eq=False)
+class Performance:
+    """A model's headline under each seed, and how it depends on the test units; more is better.
 
-    `mean` is None where the gap is not positive: a share of it would mean nothing. `low` and `high` are None where the
-    gap cannot be told from zero: then no share, however large, can be excluded.
+    Where lower is better the signs are turned, so that a difference is always an improvement.
+
+    Attributes:
+        by_seed: (S,) the headline of each seed's run.
+        by_unit: (S, N) scores whose mean is the headline; (S, B) the headline of B resamples of the units where it is
+            a function of the scores' mean. The same units, or the same resamples, for every model.
+        units: N.
+        resampled: whether `by_unit` holds resamples.
     """
 
-    mean: float | None
-    low: float | None
-    high: float | None
+    by_seed: NDArray[np.float64]
+    by_unit: NDArray[np.float64]
+    units: int
+    resampled: bool = False
+
+    @classmethod
+    def of(cls, scores: ArrayLike, headline: Headline) -> "Performance":
+        """Judge scores by a headline.
+
+        Shape: scores (S, N), or (S, N, K...) where the headline is a function of their mean over units.
+
+        Raises:
+            ValueError: scores of another shape, or of fewer than 2 units.
+        """
+        scores = np.asarray(scores, dtype=np.float64)
+        kind = "(seeds, units)" if headline.of_mean is None else "(seeds, units, ...)"
+        wrong = scores.ndim != 2 if headline.of_mean is None else scores.ndim < 2
+        if wrong or scores.shape[1] < 2 or len(scores) < 1:
+            raise ValueError(
+                f"expected scores {kind} on 2 or more test units for {headline.name}, got {scores.shape}: "
+                "pass one row of scores for each seed's run"
+            )
+        sign = 1.0 if headline.higher_is_better else -1.0
+        by_seed = sign * np.array([headline.value(run) for run in scores])
+        if headline.of_mean is None:
+            return cls(by_seed, sign * scores, scores.shape[1])
+        return cls(by_seed, sign * _resampled(scores, headline), scores.shape[1], resampled=True)
+
+    def seeds(self, rows: Sequence[int]) -> "Performance":
+        """Return some of the seeds, in that order."""
+        return replace(self, by_seed=self.by_seed[list(rows)], by_unit=self.by_unit[list(rows)])
+
+    def __sub__(self, other: "Performance") -> "Performance":
+        """Pair two models; one that was trained once (a teacher) goes with every seed of the other.
+
+        Raises:
+            ValueError: other units, or other numbers of seeds.
+        """
+        if self.units != other.units or self.resampled != other.resampled:
+            raise ValueError(
+                f"expected the same test units of both, got {self.units} and {other.units}: "
+                "test both networks on the same units in the same order"
+            )
+        seeds = len(self.by_seed), len(other.by_seed)
+        if seeds[0] != seeds[1] and 1 not in seeds:
+            raise ValueError(
+                f"got {seeds[0]} and {seeds[1]} seeds: pass the runs of the seeds that both have, in one order"
+            )
+        return replace(self, by_seed=self.by_seed - other.by_seed, by_unit=self.by_unit - other.by_unit)
+
+    @property
+    def mean(self) -> float:
+        return float((self.by_seed if self.resampled else self.by_unit).mean())
+
+    def means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the seeds' means (S,), and over seeds the units' (N,) or the resamples' (B,)."""
+        # Those of scores follow from the contrast itself: rounding must not make a variance.
+        return self.by_seed if self.resampled else self.by_unit.mean(axis=1), self.by_unit.mean(axis=0)
+
+    def interval(self) -> Interval:
+        """Return the mean with its 95 % interval."""
+        mean, margin = self.mean, self.margin(*self.means())
+        return Interval(mean, mean - margin, mean + margin)
+
+    def margin(self, by_seed: NDArray[np.float64], by_unit: NDArray[np.float64]) -> float:
+        """Return half the width of the 95 % interval, from means or a contrast of them."""
+        error, degrees = self.standard_error(by_seed, by_unit)
+        return float(stdtrit(degrees, 0.975)) * error
+
+    def standard_error(self, by_seed: NDArray[np.float64], by_unit: NDArray[np.float64]) -> tuple[float, float]:
+        """Return the standard error of the mean and its degrees of freedom; zero for a contrast without variance."""
+        s, n = len(by_seed), self.units
+        v_seeds = float(by_seed.var(ddof=1)) / s if s > 1 else 0.0
+        # Of a mean, resampling gives (n - 1) / n of the unbiased variance. A resample without a rare class may be NaN.
+        v_units = float(np.nanvar(by_unit)) * n / (n - 1) if self.resampled else float(by_unit.var(ddof=1)) / n
+        v = v_seeds + v_units
+        if v < 1e-24:  # rounding
+            return 0.0, 1.0
+        a, b = v_seeds / v, v_units / v
+        return float(np.sqrt(v)), 1 / (a**2 / max(s - 1, 1) + b**2 / (n - 1))
 
 
-def paired_difference(a_correct: Correct, b_correct: Correct) -> Interval:
-    r"""95 % interval of accuracy(a) - accuracy(b), paired over seeds and test samples.
+def paired_difference(a: Performance, b: Performance) -> Interval:
+    r"""95 % interval of the improvement of a on b, paired over seeds and test units.
 
-    With x[s, i] = a[s, i] - b[s, i] in {-1, 0, 1}, d[s] its mean over samples and m[i] its mean over seeds:
+    With x[s, i] = a[s, i] - b[s, i], d[s] its mean over units and m[i] its mean over seeds:
 
-        v_seeds   = sd(d)^2 / S      another training run would have come out differently
-        v_samples = sd(m)^2 / N      another test set would have come out differently; shared by all seeds
-        mean(x) ± t(0.975, df) * sqrt(v_seeds + v_samples)
-        df = (v_seeds + v_samples)^2 / (v_seeds^2 / (S - 1) + v_samples^2 / (N - 1))     (Welch-Satterthwaite)
+        v_seeds = sd(d)^2 / S      another training run would have come out differently
+        v_units = sd(m)^2 / N      another test set would have come out differently; shared by all seeds
+        mean(x) ± t(0.975, df) * sqrt(v_seeds + v_units)
+        df = (v_seeds + v_units)^2 / (v_seeds^2 / (S - 1) + v_units^2 / (N - 1))     (Welch-Satterthwaite)
 
-    The noise of one image under one seed is in both terms, so the interval is slightly too wide, never too narrow for
+    Where the headline is no mean of scores, d[s] is the difference of two headlines, and v_units the variance of their
+    mean over seeds when the units are resampled with replacement, the same for all seeds and both models (a paired
+    bootstrap; Efron and Tibshirani, 1993, ch. 6). Seeds are never resampled: see the module.
+
+    The noise of one unit under one seed is in both terms, so the interval is slightly too wide, never too narrow for
     that reason. With one seed v_seeds is not known and left out: the interval then speaks of these very weights, not
     of what training again would give.
 
-    Shape: a_correct (S, N) and b_correct (S, N), True where the prediction is right; one of them may be (1, N), a
-        network trained once (a teacher): it is compared with every seed of the other, and the interval is about it.
-
     Raises:
-        ValueError: shapes that cannot be paired.
+        ValueError: performances that cannot be paired.
 
     Example:
-        >>> a = np.array([[1, 1, 1, 0], [1, 1, 0, 1]], dtype=bool)
-        >>> b = np.array([[1, 0, 1, 0], [0, 1, 0, 1]], dtype=bool)
+        >>> accuracy = Headline(name="accuracy", key="acc", units="images")
+        >>> a = Performance.of([[1, 1, 1, 0], [1, 1, 0, 1]], accuracy)
+        >>> b = Performance.of([[1, 0, 1, 0], [0, 1, 0, 1]], accuracy)
         >>> paired_difference(a, b).mean
         0.25
     """
-    difference = _difference(a_correct, b_correct)
-    mean = float(difference.mean())
-    margin = _margin(difference.mean(axis=1), difference.mean(axis=0))
-    return Interval(mean, mean - margin, mean + margin)
+    return (a - b).interval()
 
 
-def paired_contrast(a: Correct, b: Correct, c: Correct, d: Correct) -> Interval:
-    """95 % interval of (accuracy(a) - accuracy(b)) - (accuracy(c) - accuracy(d)), paired as in `paired_difference`.
+def paired_contrast(a: Performance, b: Performance, c: Performance, d: Performance) -> Interval:
+    """95 % interval of (a - b) - (c - d), paired as in `paired_difference`.
 
     How much more one change brings than another, each against its own control.
 
-    Shape: (S, N) all four.
-
     Raises:
-        ValueError: shapes that cannot be paired.
+        ValueError: performances that cannot be paired.
     """
-    first, second = _difference(a, b), _difference(c, d)
-    if first.shape != second.shape:
-        raise ValueError(f"expected the same seeds and samples of all four, got {first.shape} and {second.shape}")
-    contrast = first - second
-    mean = float(contrast.mean())
-    margin = _margin(contrast.mean(axis=1), contrast.mean(axis=0))
-    return Interval(mean, mean - margin, mean + margin)
+    first, second = a - b, c - d
+    if first.by_unit.shape != second.by_unit.shape:
+        raise ValueError(
+            "expected the same seeds and units of all four, got "
+            f"{len(first.by_seed)} seeds, {first.units} units and {len(second.by_seed)} seeds, {second.units} units"
+        )
+    return (first - second).interval()
 
 
-def paired_p_value(a_correct: Correct, b_correct: Correct) -> float:
+def paired_p_value(a: Performance, b: Performance) -> float:
     """Two-sided p of no difference: below 0.05 exactly where the interval of `paired_difference` excludes zero.
 
-    Shape: as in `paired_difference`.
-
     Raises:
-        ValueError: shapes that cannot be paired.
+        ValueError: performances that cannot be paired.
     """
-    difference = _difference(a_correct, b_correct)
-    error, degrees = _standard_error(difference.mean(axis=1), difference.mean(axis=0))
-    mean = abs(float(difference.mean()))
+    difference = a - b
+    error, degrees = difference.standard_error(*difference.means())
+    mean = abs(difference.mean)
     return float(2 * stdtr(degrees, -mean / error)) if error else float(mean == 0)
 
 
@@ -123,36 +197,39 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def gap_closed(teacher: Correct, alone: Correct, distilled: Correct) -> Share:
+def gap_closed(teacher: Performance, alone: Performance, distilled: Performance) -> Share:
     """Share of the teacher-student gap that distillation closes, (distilled - alone) / (teacher - alone).
 
     The interval is Fieller's (1954): the shares r for which the paired test of `paired_difference` on the contrast
     (distilled - alone) - r * (teacher - alone) finds no difference. It is not symmetric about the estimate, and knows
     that student alone stands in both terms.
 
-    Shape: teacher (1, N) or (S, N), alone and distilled (S, N), True where the prediction is right.
+    Args:
+        teacher: With one seed, or those of the students.
+        alone: The student without a teacher.
+        distilled: With the seeds of `alone`.
 
     Raises:
-        ValueError: shapes that cannot be paired.
+        ValueError: performances that cannot be paired.
     """
-    gain, gap = _difference(distilled, alone), _difference(teacher, alone)
-    if len(gain) != len(gap):
+    gain, gap = distilled - alone, teacher - alone
+    if len(gain.by_seed) != len(gap.by_seed):
         raise ValueError(
-            f"distilled and alone make {len(gain)} pairs of seeds, teacher and alone {len(gap)}: "
+            f"distilled and alone make {len(gain.by_seed)} pairs of seeds, teacher and alone {len(gap.by_seed)}: "
             "pass the same seeds of alone and distilled, and one teacher or one for each seed"
         )
-    if gap.mean() <= 0:
+    if not gap.mean > 0:
         return Share(None, None, None)
-    gain_seeds, gain_samples, gap_seeds, gap_samples = gain.mean(1), gain.mean(0), gap.mean(1), gap.mean(0)
-    estimate = float(gain.mean() / gap.mean())
+    estimate = gain.mean / gap.mean
     # As r grows the contrast is that of the gap itself: where it cannot be told from zero, no r is ever excluded.
-    if gap.mean() - _margin(gap_seeds, gap_samples) < 1e-9:
+    (gain_seeds, gain_units), (gap_seeds, gap_units) = gain.means(), gap.means()
+    if gap.mean - gap.margin(gap_seeds, gap_units) < 1e-9:
         return Share(estimate, None, None)
 
     def excluded(r: float) -> float:
         """Positive where the test rejects r."""
-        margin = _margin(gain_seeds - r * gap_seeds, gain_samples - r * gap_samples)
-        return abs(float(gain.mean() - r * gap.mean())) - margin
+        margin = gain.margin(gain_seeds - r * gap_seeds, gain_units - r * gap_units)
+        return abs(gain.mean - r * gap.mean) - margin
 
     def bound(direction: float) -> float:
         step = direction
@@ -165,31 +242,29 @@ def gap_closed(teacher: Correct, alone: Correct, distilled: Correct) -> Share:
     return Share(estimate, bound(-1.0), bound(1.0))
 
 
-def _difference(a_correct: Correct, b_correct: Correct) -> NDArray[np.float64]:
-    a, b = np.asarray(a_correct, dtype=np.float64), np.asarray(b_correct, dtype=np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] < 2 or min(len(a), len(b)) < 1:
-        raise ValueError(
-            f"expected two arrays (seeds, samples) on the same 2 or more test samples, got {a.shape} and {b.shape}: "
-            "test both networks on the same images in the same order"
+def _resampled(scores: NDArray[np.float64], headline: Headline) -> NDArray[np.float64]:
+    """Return the headline of each run on resamples of the units, (S, B); the same resamples for the same N."""
+    of_mean = headline.of_mean
+    assert of_mean is not None
+    s, n = scores.shape[:2]
+    flat = scores.swapaxes(0, 1).reshape(n, -1)
+
+    def statistic(drawn: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        counts = np.stack([np.bincount(units, minlength=n) for units in np.atleast_2d(drawn)])
+        means = (counts.astype(np.float64) @ flat / n).reshape(-1, *scores.shape[2:])  # of each resample and seed
+        found: NDArray[np.float64] = np.array([of_mean(mean) for mean in means]).reshape(-1, s).T
+        return found if drawn.ndim > 1 else found[:, 0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # NaN: see Performance.standard_error
+        result = bootstrap(
+            (np.arange(n),),
+            statistic,
+            n_resamples=_RESAMPLES,
+            batch=100,
+            vectorized=True,
+            method="percentile",
+            random_state=np.random.default_rng(0),
         )
-    if len(a) != len(b) and 1 not in (len(a), len(b)):
-        raise ValueError(f"got {len(a)} and {len(b)} seeds: pass the runs of the seeds that both have, in one order")
-    return np.asarray(a - b)
-
-
-def _margin(by_seed: NDArray[np.float64], by_sample: NDArray[np.float64]) -> float:
-    """Half the width of the 95 % interval, from the S seeds' means and the N samples' means."""
-    error, degrees = _standard_error(by_seed, by_sample)
-    return float(stdtrit(degrees, 0.975)) * error
-
-
-def _standard_error(by_seed: NDArray[np.float64], by_sample: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the standard error of the mean and its degrees of freedom; zero for a contrast without variance."""
-    s, n = len(by_seed), len(by_sample)
-    v_seeds = float(by_seed.var(ddof=1)) / s if s > 1 else 0.0
-    v_samples = float(by_sample.var(ddof=1)) / n
-    v = v_seeds + v_samples
-    if v < 1e-24:  # rounding
-        return 0.0, 1.0
-    a, b = v_seeds / v, v_samples / v
-    return float(np.sqrt(v)), 1 / (a**2 / max(s - 1, 1) + b**2 / (n - 1))
+    distribution: NDArray[np.float64] = np.asarray(result.bootstrap_distribution)
+    return distribution

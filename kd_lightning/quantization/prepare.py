@@ -101,13 +101,16 @@ def set_observers(network: nn.Module, observing: bool) -> None:
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
+def calibrate(
+    network: nn.Module, loader: Iterable[Any], batches: int | None = None, task: Task | None = None
+) -> nn.Module:
     """Set the ranges of activations from data, in eval mode, and switch rounding on (post-training quantisation).
 
     Args:
         network: That is prepared.
         loader: Batches as :class:`~kd_lightning.tasks.Task` reads them; labels are not used.
         batches: At most; all unless given.
+        task: Reads batches, if they are others.
 
     Returns:
         The same network.
@@ -129,7 +132,7 @@ def calibrate(network: nn.Module, loader: Iterable[Any], batches: int | None = N
     network.eval()
     try:
         for batch in islice(loader, batches):
-            read = Task().read(move_data_to_device(batch, device))
+            read = (task or Task()).read(move_data_to_device(batch, device))
             check_numbers(read, f"batch {seen} to calibrate with")
             run(network, read.args, read.kwargs)
             seen += 1

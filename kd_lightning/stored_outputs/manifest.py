@@ -56,6 +56,11 @@ def fingerprint(
     }
 
 
+def check_can_be_replayed(dataset: Any, seed: int, count: int) -> None:
+    """Raise ValueError for a data set some views of which are others each time, on the samples that are looked at."""
+    _look(ReplayedViews(dataset, seed), count)
+
+
 def check(stored: Mapping[str, Any], now: Mapping[str, Any], where: object) -> None:
     """Compare what both have.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from kd_lightning.data.loaders import View
-from kd_lightning.data.with_ids import WithIds
+from kd_lightning.data.with_ids import asks_for_views
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class ReplayedViews(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        self.batched = _asks_for_views(dataset) and hasattr(dataset, "__getitems__")
+        self.batched = asks_for_views(dataset) and hasattr(dataset, "__getitems__")
         self._reseedable = list(_reseedable(dataset, set()))
 
     def __len__(self) -> int:
@@ -99,14 +99,7 @@ def _fetch(dataset: Any, key: View) -> Any:
         part = int(np.searchsorted(dataset.cumulative_sizes, key.sample, side="right"))
         before = dataset.cumulative_sizes[part - 1] if part else 0
         return _fetch(dataset.datasets[part], View(key.sample - before, key.epoch))
-    return dataset[key if _asks_for_views(dataset) else key.sample]
-
-
-def _asks_for_views(dataset: Any) -> bool:
-    if isinstance(dataset, WithIds):
-        return _asks_for_views(dataset.dataset)
-    annotations = getattr(type(dataset).__getitem__, "__annotations__", {})
-    return any("View" in str(kind) for name, kind in annotations.items() if name != "return")
+    return dataset[key if asks_for_views(dataset) else key.sample]
 
 
 def parts(thing: Any) -> list[Any]:

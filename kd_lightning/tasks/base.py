@@ -37,6 +37,8 @@ class Task:
         class_dim: Which dimension of three-dimensional outputs is that of the classes, 1 for (B, C, L); None for the
             last.
         losses_to_take: Names of losses that mean something where a softmax does not, for errors.
+        shown: Names of arguments that change words and :meth:`parts` alone: with others, a finished training is used
+            again.
     """
 
     headline: Headline
@@ -46,6 +48,7 @@ class Task:
     class_dim: int | None = None
     losses_to_take: str = ""
     label_keys: Sequence[str] = ("labels", "label", "target")
+    shown: Sequence[str] = ("units",)
 
     # What a batch means.
 
@@ -110,6 +113,9 @@ class Task:
 
         Also asked where no loss reads the target, which may then be none that :meth:`check` knows.
         """
+
+    def check_arguments(self, width: int) -> None:
+        """Raise ValueError where the task's own arguments do not go with a network's number of outputs."""
 
     def refuses(self, loss: nn.Module) -> str | None:
         """Say why a loss means nothing here, and which to take; None for a loss that does."""

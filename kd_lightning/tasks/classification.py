@@ -30,6 +30,8 @@ class Classification(Task):
         ValueError: For another ``class_dim``, and a class below 0.
     """
 
+    shown = ("recall_classes", "units")
+
     def __init__(self, recall_classes: Sequence[int] = (), class_dim: int | None = None, units: str = "images") -> None:
         if class_dim not in (None, 1, 2, -1):
             raise ValueError(f"expected class_dim to be 1 for (B, C, L), or 2 for (B, S, C), got {class_dim}")
@@ -95,6 +97,11 @@ class Classification(Task):
                 raise ValueError(f"no test sample has class {number} ({name!r}), so it has no recall: leave it out")
             found[f"recall on {name!r}"] = of_class
         return found
+
+    def check_arguments(self, width: int) -> None:
+        wrong = [number for number in self.recall_classes if number >= width]
+        if wrong:
+            raise ValueError(f"expected recall_classes from 0 to {width - 1}, got {wrong[0]}")
 
     def check(self, target: Any, logits: Tensor) -> None:
         """Raise ValueError for a target that cannot be that of such logits.

@@ -21,9 +21,9 @@ from kd_lightning.data.loaders import View
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import Outputs, Samples, run
-from kd_lightning.pipeline.recipe import Recipe
-from kd_lightning.pipeline.stage import run_stage
-from kd_lightning.pipeline.stage_folder import Finished
+from kd_lightning.pipeline.folder import FinishedStage
+from kd_lightning.pipeline.run import run_stage
+from kd_lightning.pipeline.training import Training
 from kd_lightning.preflight import dry_run
 from kd_lightning.tasks import Classification
 from kd_lightning.tasks.base import relative_entropy
@@ -63,7 +63,7 @@ class Job:
     """An experiment of Fashion-MNIST: its variants and its teachers, which are trained where they are not there yet.
 
     Attributes:
-        recipes: Of all students, by label, with seed 0; those of variants have the role ``distilled``.
+        trainings: Of all students, by label, with seed 0; those of variants have the role ``distilled``.
         teachers: The finished teacher, and what it calls assistants, by label.
         data: With the distilled student's training images.
     """
@@ -77,55 +77,55 @@ class Job:
             job = pipeline(OmegaConf.merge(config, {"stages": stages}), overrides=given)
         assert job.teacher is not None
         self.reference = job.reference
-        self.teachers: dict[str, Finished] = {}
-        for recipe in (job.teacher, *job.assistants):
-            taught_by = self.teachers.get(recipe.taught_by or "")
-            self.teachers[recipe.label] = run_stage(recipe, taught_by, job.work_dir, lambda run_id, known: None, [])
-        self.recipes = {recipe.label: recipe for recipe in job.students}
-        distilled = next(recipe for recipe in job.students if recipe.role == "distilled")
-        self.data = distilled.training_data()
+        self.teachers: dict[str, FinishedStage] = {}
+        for training in (job.teacher, *job.assistants):
+            taught_by = self.teachers.get(training.taught_by or "")
+            self.teachers[training.label] = run_stage(training, taught_by, job.work_dir, lambda run_id, known: None, [])
+        self.trainings = {training.label: training for training in job.students}
+        distilled = next(training for training in job.students if training.role == "distilled")
+        self.data = distilled.make_data()
         self._remembered: dict[tuple[str, bool], Remembered] = {}
 
-    def train(self, recipe: Recipe, steps: int | None = None) -> nn.Module:
-        """Return the network that the pipeline's stage of this recipe ends with; ``steps`` in place of its own."""
-        return train(recipe, self.teachers[recipe.taught_by or "teacher"].network, self.remembered(recipe), steps)
+    def train(self, training: Training, steps: int | None = None) -> nn.Module:
+        """Return the network that the pipeline's stage of this training ends with; ``steps`` in place of its own."""
+        return train(training, self.teachers[training.taught_by or "teacher"].network, self.remembered(training), steps)
 
-    def remembered(self, recipe: Recipe) -> "Remembered":
-        teacher, labelled_alone = recipe.taught_by or "teacher", recipe.role == "student"
+    def remembered(self, training: Training) -> "Remembered":
+        teacher, labelled_alone = training.taught_by or "teacher", training.role == "student"
         if (teacher, labelled_alone) not in self._remembered:
-            outputs = remember(recipe.training_data(), self.teachers[teacher].network())
+            outputs = remember(training.make_data(), self.teachers[teacher].network())
             self._remembered[teacher, labelled_alone] = outputs
         return self._remembered[teacher, labelled_alone]
 
-    def entropy(self, recipe: Recipe, temperature: float) -> float:
+    def entropy(self, training: Training, temperature: float) -> float:
         """Return the teacher's relative entropy, on as many of the training images as the pipeline takes."""
-        logits = self.remembered(recipe).teacher.logits
-        batches = _batches(recipe.training_data().train_dataloader())
+        logits = self.remembered(training).teacher.logits
+        batches = _batches(training.make_data().train_dataloader())
         few = -(-min(len(logits), 2000) // self.data.batch_size)
         return float(relative_entropy(logits[torch.cat([next(batches) for _ in range(few)])], temperature))
 
 
 def train(
-    recipe: Recipe, teacher_network: Callable[[], nn.Module], remembered: Remembered, steps: int | None = None
+    training: Training, teacher_network: Callable[[], nn.Module], remembered: Remembered, steps: int | None = None
 ) -> nn.Module:
-    """Return the network that the pipeline's stage of this recipe would end with; ``steps`` in place of its own."""
-    seed_everything(recipe.seed, verbose=False)
-    network = recipe.network()
+    """Return the network that the pipeline's stage of this training would end with; ``steps`` in place of its own."""
+    seed_everything(training.seed, verbose=False)
+    network = training.network()
     teacher = Teacher(teacher_network())  # here, as it draws from the generator that projectors are drawn from, too
-    data = recipe.training_data()
+    data = training.make_data()
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
-    objective = DistillationObjective(recipe.losses())
+    objective = DistillationObjective(training.losses())
     dry_run(loader_batches(loader), network, teacher, objective, Classification())
-    steps = steps or int(recipe.config["trainer"]["max_steps"])
+    steps = steps or int(training.config["trainer"]["max_steps"])
     flat = _flattened([*network.parameters(), *objective.parameters()])
-    optimizer = recipe.optimizer([flat])
+    optimizer = training.optimizer([flat])
     scheduler = None
-    if recipe.scheduler is not None:
-        length = {"total_steps", "T_max"} & signature(recipe.scheduler).parameters.keys()
-        scheduler = recipe.scheduler(optimizer, **dict.fromkeys(length, steps))
-    schedules = [callback for callback in recipe.callbacks() if isinstance(callback, HyperparameterSchedule)]
+    if training.scheduler is not None:
+        length = {"total_steps", "T_max"} & signature(training.scheduler).parameters.keys()
+        scheduler = training.scheduler(optimizer, **dict.fromkeys(length, steps))
+    schedules = [callback for callback in training.callbacks() if isinstance(callback, HyperparameterSchedule)]
     network.train()
     for step, ids in zip(range(steps), _batches(loader), strict=False):
         for schedule in schedules:

@@ -120,7 +120,7 @@ class Search:
 
     def run(self) -> dict[str, Setting]:
         """Return each method's setting; KD's first, the others' in turn, so that a search that is cut off is fair."""
-        labels = [label for label in SEARCHED if label in self.job.recipes]
+        labels = [label for label in SEARCHED if label in self.job.trainings]
         chosen = {"KD": self._choose("KD", self._first_round("KD", range(self.count), None), None)}
         tried: dict[str, list[tuple[float, Setting]]] = {label: [] for label in labels if label != "KD"}
         for i in range(self.count):
@@ -147,21 +147,21 @@ class Search:
         """Return the validation accuracy, trained now unless it is in the file."""
         what = json.dumps({"label": label, "setting": setting, "seed": seed, "steps": steps})[:-1]
         if what not in self.done:
-            recipe = replace(with_setting(self.job.recipes[label], setting), seed=seed)
-            network = self.job.train(recipe, steps)
+            training = replace(with_setting(self.job.trainings[label], setting), seed=seed)
+            network = self.job.train(training, steps)
             self.done[what] = validation_accuracy(network, self.job.data)
             with self.results.open("a") as file:
                 file.write(f'{what}, "validation": {self.done[what]:.4f}}}\n')
         return self.done[what]
 
 
-def with_setting(recipe: Any, setting: Setting) -> Any:
-    """Return the recipe with other numbers of its losses."""
-    losses = {name: dict(loss) for name, loss in recipe.config["losses"].items()}
+def with_setting(training: Any, setting: Setting) -> Any:
+    """Return the training with other numbers of its losses."""
+    losses = {name: dict(loss) for name, loss in training.config["losses"].items()}
     for path, value in setting.items():
         _, name, attribute = path.split(".")
         losses[name][attribute] = value
-    return replace(recipe, losses=partial(instantiate, losses, _convert_="all"))
+    return replace(training, losses=partial(instantiate, losses, _convert_="all"))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.pipeline.recipe import Recipe
 from kd_lightning.pipeline.results import Result, Verdict
 from kd_lightning.pipeline.table import print_verdict
+from kd_lightning.pipeline.training import Training
 from kd_lightning.pipeline.verdict import make_verdict
 from tests.benchmarks.bare_training import Job, predict, validation_accuracy
 
@@ -31,35 +31,35 @@ def compare(experiment: str, overrides: list[str], seeds: list[int], file: Path)
     done = {(line.pop("label"), line.pop("seed"), line.pop("losses")): line for line in lines}
     results = [teacher.result for teacher in job.teachers.values()]
     for seed in seeds:  # so that a comparison that is cut off has the same seeds of all
-        for label, recipe in job.recipes.items():
-            losses = json.dumps(recipe.config["losses"])
+        for label, training in job.trainings.items():
+            losses = json.dumps(training.config["losses"])
             if (label, seed, losses) not in done:
-                done[label, seed, losses] = trained(job, replace(recipe, seed=seed))
+                done[label, seed, losses] = trained(job, replace(training, seed=seed))
                 with file.open("a") as out:
                     line = {"label": label, "seed": seed, "losses": losses, **done[label, seed, losses]}
                     out.write(json.dumps(line) + "\n")
-            results.append(_result(recipe, seed, target, done[label, seed, losses]))
+            results.append(_result(training, seed, target, done[label, seed, losses]))
     return make_verdict(results, {}, reference=job.reference, extra_images=job.data.counts["unlabelled"])
 
 
-def trained(job: Job, recipe: Recipe) -> dict[str, Any]:
+def trained(job: Job, training: Training) -> dict[str, Any]:
     """Train one student; return its validation accuracy, and its test predictions as a string of digits."""
-    network = job.train(recipe)
-    temperature = next(iter(DistillationObjective(recipe.losses()).temperatures().values()), None)
+    network = job.train(training)
+    temperature = next(iter(DistillationObjective(training.losses()).temperatures().values()), None)
     return {
         "temperature": temperature,
-        "entropy": job.entropy(recipe, temperature) if temperature is not None else None,
+        "entropy": job.entropy(training, temperature) if temperature is not None else None,
         "validation": validation_accuracy(network, job.data),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "predictions": "".join(map(str, predict(network, job.data, "test")[0].tolist())),
     }
 
 
-def _result(recipe: Recipe, seed: int, target: NDArray[np.int64], figures: dict[str, Any]) -> Result:
+def _result(training: Training, seed: int, target: NDArray[np.int64], figures: dict[str, Any]) -> Result:
     return Result(
-        role=recipe.role,
-        label=recipe.label,
-        method=recipe.method,
+        role=training.role,
+        label=training.label,
+        method=training.method,
         seed=seed,
         predictions=np.array([int(digit) for digit in figures["predictions"]]),
         target=target,

@@ -30,7 +30,7 @@ from kd_lightning.data import FashionMNIST
 from kd_lightning.losses import KD, HardLabel, kd
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.models import CNN8, CNN64, CIFARResNet, resnet8x4
-from kd_lightning.pipeline.runtimes import NAMES, open_file
+from kd_lightning.pipeline.measure import NAMES, open_file
 from kd_lightning.processor import describe
 from kd_lightning.quantization import QuantizationSpec, calibrate, prepare, set_fake_quantization
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
@@ -134,7 +134,7 @@ def fit(
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, callbacks=list(callbacks),
     )  # fmt: skip
     module_data = data(setting, "teacher" if stored is None else "distilled", seed)
-    module_data.around = [] if stored is None else [stored]
+    module_data.wrappers = [] if stored is None else [stored]
     trainer.fit(module, module_data)
 
 

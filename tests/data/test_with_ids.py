@@ -127,5 +127,5 @@ def test_a_batch_without_ids_is_refused_before_the_first_step(front_door: str) -
 def test_a_data_module_gives_ids_where_it_is_asked_to() -> None:
     data = FashionMNIST(labelled=50)
     assert len(next(iter(data.train_dataloader()))) == 2
-    data.around = [WithIds]
+    data.wrappers = [WithIds]
     assert next(iter(data.train_dataloader())).ids.max() < 50

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_lightning.pipeline.stage import run_stage
+from kd_lightning.pipeline.run import run_stage
 from tests.benchmarks.bare_training import Job
 
 pytest.importorskip("optuna")
@@ -37,13 +37,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.mark.parametrize("label", ["KD", "CTKD", "FitNet", "CRD", "label smoothing", "student", "control"])
 def test_the_bare_loop_ends_with_the_weights_of_the_pipeline(job: Job, label: str, tmp_path: Path) -> None:
-    recipe = job.recipes[label]
-    stage = run_stage(recipe, job.teachers["teacher"], tmp_path, lambda run_id, known: None, [])
+    training = job.trainings[label]
+    stage = run_stage(training, job.teachers["teacher"], tmp_path, lambda run_id, known: None, [])
     expected = stage.network().state_dict()
-    network = job.train(recipe)
+    network = job.train(training)
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
     if label == "KD":
-        assert job.entropy(recipe, 4.0) == pytest.approx(stage.result.teacher_entropy, rel=1e-5)
+        assert job.entropy(training, 4.0) == pytest.approx(stage.result.teacher_entropy, rel=1e-5)
 
 
 def test_every_method_is_searched_with_its_authors_setting_first_and_within_the_ranges() -> None:

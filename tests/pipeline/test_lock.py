@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kd_lightning.pipeline.lock import held, held_if_free
+from kd_lightning.pipeline.folder import held, held_if_free
 from tests.command import environment
 
 ROOT = Path(__file__).parents[2]
 HOLDS = """
 import pathlib, sys
-from kd_lightning.pipeline.lock import held
+from kd_lightning.pipeline.folder import held
 
 with held(pathlib.Path(sys.argv[1]), "the stage"):
     print("held", flush=True)

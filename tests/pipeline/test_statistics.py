@@ -7,7 +7,40 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from kd_lightning.pipeline.statistics import gap_closed, holm, paired_contrast, paired_difference, paired_p_value
+from kd_lightning.pipeline import statistics
+from kd_lightning.pipeline.statistics import Performance, holm
+from kd_lightning.tasks import Headline
+
+ACCURACY = Headline(name="accuracy", key="acc", units="images")
+ERROR = Headline(name="mean absolute error", key="mae", units="patients", higher_is_better=False, percent=False)
+
+
+def ratio(mean):
+    """A headline that is no mean of units: a sum of losses by a sum of tokens, say."""
+    return float(mean[0] / mean[1])
+
+
+RATIO = Headline(name="bits per character", key="bpc", units="texts", percent=False, of_mean=ratio)
+
+
+def of(*scores, headline=ACCURACY):
+    return [Performance.of(x, headline) for x in scores]
+
+
+def paired_difference(*answers):
+    return statistics.paired_difference(*of(*answers))
+
+
+def paired_contrast(*answers):
+    return statistics.paired_contrast(*of(*answers))
+
+
+def paired_p_value(*answers):
+    return statistics.paired_p_value(*of(*answers))
+
+
+def gap_closed(*answers):
+    return statistics.gap_closed(*of(*answers))
 
 
 def simulate(rng, accuracies, seeds, samples, *, seed_sd=0.006, image_sd=0.9):
@@ -174,16 +207,19 @@ def test_one_teacher_is_compared_with_every_seed(students):
 
 
 def test_what_cannot_be_paired_is_refused():
-    with pytest.raises(ValueError, match=r"got \(3, 10\) and \(3, 11\): test both networks on the same images"):
+    with pytest.raises(ValueError, match="the same test units of both, got 10 and 11: test both networks on the same"):
         paired_difference(np.ones((3, 10), bool), np.ones((3, 11), bool))
     with pytest.raises(ValueError, match="got 3 and 2 seeds: pass the runs of the seeds that both have"):
         paired_difference(np.ones((3, 10), bool), np.ones((2, 10), bool))
-    with pytest.raises(ValueError, match=r"expected two arrays \(seeds, samples\)"):
-        paired_difference(np.ones(10, bool), np.ones(10, bool))
-    with pytest.raises(ValueError, match="2 or more test samples"):
-        paired_difference(np.ones((3, 1), bool), np.ones((3, 1), bool))
     with pytest.raises(ValueError, match="1 pairs of seeds, teacher and alone 3: pass the same seeds"):
         gap_closed(np.ones((3, 10), bool), np.zeros((1, 10), bool), np.zeros((1, 10), bool))
+
+
+@pytest.mark.parametrize("shape", [(10,), (3, 1), (0, 10), (3, 10, 2)])
+def test_scores_that_no_mean_can_be_taken_of_are_refused(shape):
+    expected = r"expected scores \(seeds, units\) on 2 or more test units for accuracy, got \("
+    with pytest.raises(ValueError, match=expected):
+        Performance.of(np.ones(shape), ACCURACY)
 
 
 def test_a_contrast_is_the_difference_of_two_differences_and_its_interval_covers_it():
@@ -196,7 +232,9 @@ def test_a_contrast_is_the_difference_of_two_differences_and_its_interval_covers
     assert contrast.mean == pytest.approx(paired_difference(a, b).mean - paired_difference(c, d).mean)
     assert 0.92 <= covered / 300 <= 1.0
     assert paired_contrast(a, b, c, c) == paired_difference(a, b)
-    with pytest.raises(ValueError, match="expected the same seeds and samples of all four"):
+    with pytest.raises(
+        ValueError, match="expected the same seeds and units of all four, got 3 seeds, 300 units and 2 seeds, 300"
+    ):
         paired_contrast(a, b, c[:2], d[:2])
 
 
@@ -231,3 +269,100 @@ def test_holm_keeps_false_discoveries_of_a_family_at_one_in_twenty():
     families = rng.uniform(size=(4000, 10))
     assert 0.04 < np.mean([min(holm(family)) < 0.05 for family in families]) < 0.06
     assert np.mean(families.min(1) < 0.05) > 0.35
+
+
+def test_where_lower_is_better_an_improvement_is_a_smaller_error():
+    rng = np.random.default_rng(0)
+    student, distilled = rng.gamma(2, 1.0, (3, 300)), rng.gamma(2, 0.8, (3, 300))
+    teacher = rng.gamma(2, 0.5, (1, 300))
+    worse, better, best = of(student, distilled, teacher, headline=ERROR)
+    gain = statistics.paired_difference(better, worse)
+    assert gain.mean == pytest.approx(student.mean() - distilled.mean())
+    assert gain.low > 0
+    as_quality = paired_difference(-distilled, -student)
+    assert (gain.low, gain.high) == (as_quality.low, as_quality.high)
+    share = statistics.gap_closed(best, worse, better)
+    assert share == gap_closed(-teacher, -student, -distilled)
+    assert 0 < share.low < share.mean < share.high < 1
+
+
+def corpora(rng, quality, seeds=3, texts=120, *, seed_sd=0.05):
+    """Losses and lengths of texts, (seeds, texts, 2), for each quality: long texts are easier, hard texts hard for all.
+
+    The mean loss by token, over infinitely many texts, is ``1 + E[length * difficulty] / E[length] - quality``.
+    """
+    length = rng.geometric(0.02, texts) + 5.0
+    difficulty = rng.normal(0, 0.5, texts) - 0.004 * length
+    of_each = []
+    for value in quality:
+        level = value + rng.normal(0, seed_sd, (seeds, 1))
+        loss = length * (1 + difficulty - level + rng.normal(0, 0.3, (seeds, texts)))
+        of_each.append(np.stack([loss, np.broadcast_to(length, loss.shape)], axis=-1))
+    return of_each
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_where_a_bootstrap_over_three_seeds_does_not():
+    rng = np.random.default_rng(3)
+    covered, naive, runs = 0, 0, 150
+    for _ in range(runs):
+        a, b = corpora(rng, (0.1, 0.3))
+        interval = statistics.paired_difference(*of(a, b, headline=RATIO))
+        covered += interval.low <= 0.2 <= interval.high
+        d = ratio_by_seed(a) - ratio_by_seed(b)
+        low, high = np.percentile(rng.choice(d, (500, 3)).mean(axis=1), [2.5, 97.5])
+        naive += low <= 0.2 <= high
+    assert 0.92 <= covered / runs <= 0.99
+    assert naive / runs < 0.85
+
+
+def ratio_by_seed(scores):
+    return scores[..., 0].sum(1) / scores[..., 1].sum(1)
+
+
+def test_the_variance_over_units_is_that_of_resampling_them_the_same_for_both_models():
+    rng = np.random.default_rng(0)
+    a, b = corpora(rng, (0.1, 0.3), seeds=1)
+    differences = []
+    for _ in range(4000):
+        drawn = rng.integers(120, size=120)
+        differences.append(ratio_by_seed(a[:, drawn]) - ratio_by_seed(b[:, drawn]))
+    interval = statistics.paired_difference(*of(a, b, headline=RATIO))
+    assert interval.mean == pytest.approx(float((ratio_by_seed(a) - ratio_by_seed(b))[0]))
+    expected = stats.t.ppf(0.975, 119) * np.std(differences) * np.sqrt(120 / 119)
+    assert (interval.high - interval.low) / 2 == pytest.approx(expected, rel=0.06)
+    itself = statistics.paired_difference(*of(a, a, headline=RATIO))
+    assert (itself.low, itself.high) == (0, 0)
+    assert statistics.paired_difference(*of(a, b, headline=RATIO)) == interval  # drawn once and for all
+
+
+def test_a_bootstrap_of_a_mean_gives_the_interval_of_the_mean(students):
+    _, alone, distilled = students
+    resampled = Headline(name="accuracy", key="acc", units="images", of_mean=float)
+    exact, close = (
+        paired_difference(distilled, alone),
+        statistics.paired_difference(*of(distilled, alone, headline=resampled)),
+    )
+    assert close.mean == pytest.approx(exact.mean)
+    assert close.high - close.low == pytest.approx(exact.high - exact.low, rel=0.04)
+    share, of_means = statistics.gap_closed(*of(*students, headline=resampled)), gap_closed(*students)
+    assert (share.mean, share.low, share.high) == pytest.approx(
+        (of_means.mean, of_means.low, of_means.high), abs=0.02 * of_means.high
+    )
+
+
+def test_a_resample_without_a_rare_class_does_not_spoil_the_interval():
+    """The mean over classes of hits by images; one class has one image, which a third of the resamples leave out."""
+    macro = Headline(
+        name="macro recall", key="recall", units="images", of_mean=lambda mean: float(np.mean(mean[0] / mean[1]))
+    )
+    rng = np.random.default_rng(0)
+    target = np.eye(3)[[*(i % 2 for i in range(199)), 2]]
+    hits = [target * (rng.random((3, 200, 1)) < share) for share in (0.8, 0.6)]
+    for x in hits:
+        x[:, -1] = target[-1]
+    with np.errstate(invalid="ignore"):
+        interval = statistics.paired_difference(
+            *(Performance.of(np.stack([x, np.broadcast_to(target, x.shape)], axis=2), macro) for x in hits)
+        )
+    assert interval.low < 2 / 3 * 0.2 < interval.high
+    assert interval.high - interval.low < 0.3

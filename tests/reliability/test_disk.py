@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.durable_files import unseal
-from kd_lightning.pipeline.lock import held
+from kd_lightning.pipeline.folder import held
 from tests.command import IN_FLOAT, copied
 from tests.pipeline.test_pipeline import runs
 from tests.reliability.preloaded import Command, Preloaded
@@ -42,7 +42,7 @@ def figures(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for file in folder.glob("mlruns/stages/*/result.json"):
         content = unseal(file.read_bytes())
-        del content["result"]["train_seconds"]
+        del content["result"]["figures"]["train_seconds"]
         found[file.parent.name] = content
     (verdict,) = folder.glob("mlruns/stages/pipeline-*/verdict.json")
     models = json.loads(verdict.read_text())["models"]
@@ -66,7 +66,7 @@ def anothers(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind", "then"),  # each damage to each kind of file: in pipeline/test_stage_folder.py, without a command
+    ("damage", "kind", "then"),  # each damage to each kind of file: in pipeline/test_folder.py, without a command
     [
         (torn, "student-*/result.json", "the stage runs again"),
         (flipped, "student-*/final.ckpt", "the stage runs again"),
@@ -122,7 +122,7 @@ def test_two_equal_commands_train_everything_once(commands, whole, tmp_path) -> 
 
 
 def accuracies(printed: str) -> list[str]:
-    return re.findall(r"s0: ([\d.]+ %) of the validation", printed)
+    return re.findall(r"s0: validation accuracy ([\d.]+ %)", printed)
 
 
 def test_two_sweeps_share_the_teacher(commands, tmp_path) -> None:

@@ -1,0 +1,444 @@
+"""Run one training: fit the network, test it as the task says, leave what later stages and the verdict need."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kd_lightning.callbacks import QuantizationAwareTraining
+from kd_lightning.checkpoint import load_weights
+from kd_lightning.data.contract import Data
+from kd_lightning.first_batches import loader_batches
+from kd_lightning.objective import DistillationObjective, find_objective
+from kd_lightning.outputs import Outputs, TopK, run
+from kd_lightning.pipeline.folder import (
+    LAST,
+    AtomicCheckpointIO,
+    FinishedStage,
+    StageFolder,
+    StageMark,
+    agreed,
+    held_by_ranks,
+)
+from kd_lightning.pipeline.measure import parameters, size_mb
+from kd_lightning.pipeline.records import Result
+from kd_lightning.pipeline.training import Answers, Training
+from kd_lightning.preflight import check_parts, dry_run
+from kd_lightning.quantization import prepare
+from kd_lightning.stored_outputs import StoredOutputs, store_outputs
+from kd_lightning.tasks import Batch, Task
+from kd_lightning.teachers import Stored, Teacher, TeacherSource
+from kd_lightning.tracking.runs import is_rank_zero
+
+_STEPS_BETWEEN_CHECKPOINTS = 50
+_ENTROPY_SAMPLES = 2000
+
+
+def run_stage(
+    training: Training,
+    teacher: FinishedStage | None,
+    stages: Path,
+    make_logger: Callable[[str | None, Callable[[str | None], None]], Any],
+    callbacks: list[Callback],
+    judge: FinishedStage | None = None,
+) -> FinishedStage:
+    """Train and test one network, or take it from ``stages`` where one with the same fingerprint was finished before.
+
+    Where another process is at work on it, that is waited for.
+
+    Args:
+        training: What to train.
+        teacher: The model that teaches it, already finished.
+        stages: Folder of all stages.
+        make_logger: Given the id of the run that an earlier attempt was logged to, or None, and what is to be called
+            with this attempt's. Not called for a stage that is reused.
+        callbacks: Of the caller, such as a progress display.
+        judge: The teacher by whose answers it is judged, for a task whose test units have no labels.
+    """
+    data = training.make_data()
+    identities = (stage.folder.identity() if stage is not None else None for stage in (teacher, judge))
+    folder = StageFolder(stages, training, training.fingerprint(data, *identities))
+    finished = partial(
+        FinishedStage, training=training, folder=folder, architecture=partial(_architecture, training, data, teacher)
+    )
+    with held_by_ranks(folder.path, f"the stage {training.name}"):
+        result = folder.result()
+        if agreed(result is not None):
+            assert result is not None
+            return finished(result=result, reused=True)
+        logger = make_logger(folder.run_id, folder.remember)
+        answers = judge.answers() if judge is not None and training.is_judged_by_teacher else None
+        _make(training, data, teacher, folder, logger, callbacks, answers)
+        result = folder.result()
+    assert result is not None
+    return finished(result=result, reused=False)
+
+
+class Tested(NamedTuple):
+    """What came of a model on one split.
+
+    Attributes:
+        answers: (N, ...), by unit.
+        scores: (M, ...), of the M units with a label.
+        target: Of all units; None where none has a label.
+    """
+
+    answers: Tensor
+    scores: Tensor
+    target: Tensor | None
+
+
+@torch.inference_mode()
+def on_split(
+    task: Task,
+    model: Callable[[Batch], Outputs],
+    loader: Any,
+    teacher: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Tested:
+    """Ask the task what a model's outputs are worth on one split.
+
+    Args:
+        task: Says what a good answer is.
+        model: A network, or the file that serves it.
+        loader: Of the split.
+        teacher: The teacher's answers, for a task whose units have no labels; None for the teacher, which agrees with
+            itself.
+        device: Of the model.
+    """
+    answers, scores, known = list[Tensor](), list[Tensor](), list[Tensor]()
+    for batch in _batches(task, loader, device):
+        outputs = task.arranged(model(batch))
+        answers.append(task.answers(outputs).cpu())
+        if task.labelled:
+            assert batch.target is not None
+            scores.append(task.scores(outputs, batch.target).cpu())
+            known.append(batch.target.cpu())
+    every = _joined(answers)
+    if not task.labelled:
+        return Tested(every, task.agreement(every, every if teacher is None else teacher), None)
+    return Tested(every, torch.cat(scores), _joined(known))
+
+
+def result_of(model: Training | Result, task: Task, tested: Tested, validation: Tested, **others: Any) -> Result:
+    """Return the record of a model on the test split, with its headline on the validation split.
+
+    Args:
+        model: Says which it is.
+        task: Says what it is worth.
+        tested: On the test split.
+        validation: On the other one.
+        others: Of :class:`~kd_lightning.pipeline.records.Result`.
+    """
+    figures = {**others.pop("figures", {}), "val": task.headline.value(_array(validation.scores))}
+    return Result(
+        role=model.role,
+        label=model.label,
+        method=model.method,
+        seed=model.seed,
+        answers=_array(tested.answers),
+        scores=_array(tested.scores.double()),
+        target_digest=_digest(tested),
+        learned_nothing=task.learned_nothing(tested.answers, tested.scores, tested.target),
+        figures=figures,
+        **others,
+    )
+
+
+def with_members(training: Training, finished: Mapping[str, FinishedStage]) -> Training:
+    """Let a training's teacher have the networks of its further members, and its config say which these are."""
+    if not training.members:
+        return training
+    members, teacher = [finished[label] for label in training.members], training.teacher
+    return replace(
+        training,
+        config={**training.config, "members": [member.folder.identity() for member in members]},
+        teacher=lambda network: teacher(network, *(member.network() for member in members)),
+        members=(),
+    )
+
+
+def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: Path) -> None:
+    """Write the teacher's outputs for the samples of a training, where they are not there yet.
+
+    Raises:
+        ValueError: For losses that look into the teacher's network.
+    """
+    assert training.stored_outputs is not None
+    objective = DistillationObjective(training.losses())
+    check_parts(Stored(), objective)
+    data = training.make_data()
+    data.setup("fit")
+    path = _path_of_outputs(training, data, teacher, stages)
+    with held_by_ranks(path, f"the storing of the teacher's outputs for {training.name}"):
+        store_outputs(
+            teacher.network(),
+            data.training_set(),
+            path,
+            views=training.stored_outputs["views"],
+            format=training.stored_outputs["format"],
+            layers=objective.teacher_layers,
+            seed=training.seed,
+            task=training.task,
+            collate_fn=data.collate_fn(),
+        )
+
+
+def _make(
+    training: Training,
+    data: Data,
+    teacher: FinishedStage | None,
+    folder: StageFolder,
+    logger: Logger | None,
+    callbacks: list[Callback],
+    judge: Answers | None,
+) -> None:
+    """Train and test, and write what stays."""
+    seed_everything(training.seed, verbose=False)
+    network, fit = training.network(), _Fit()
+    data.setup("fit")
+    if training.checkpoint is not None:
+        load_weights(network, training.checkpoint)
+    elif training.quantization is not None and not training.quantization.trained:
+        begun = time.perf_counter()
+        training.quantization.calibrate(network, data)
+        fit = _Fit(seconds=time.perf_counter() - begun)
+    else:
+        source = _teacher_of(training, data, teacher if training.needs_teacher else None, folder.path.parent)
+        fit = _fit(training, network, data, source, folder, logger, callbacks)
+    if is_rank_zero():
+        result, validation = _test(training, network, data, fit, judge)
+        if training.quantization is not None:
+            result = training.quantization.serve(result, network, data, folder.file, judge)
+        kept = None if training.task.labelled or training.role != "teacher" else validation
+        folder.finish(network, result, fit.losses, kept)
+    if fit.trainer is not None:
+        fit.trainer.strategy.barrier("the stage's files are written")
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _teacher_of(training: Training, data: Data, teacher: FinishedStage | None, stages: Path) -> TeacherSource | None:
+    """Return the source of a training's teacher; stored outputs are put around the training set of its data."""
+    if not training.is_taught:
+        return None
+    if teacher is None:
+        return training.teacher()
+    if training.stored_outputs is None:
+        return training.teacher(teacher.network())
+    path = _path_of_outputs(training, data, teacher, stages)
+    # Beneath the others: it looks at the data set itself.
+    data.wrap(partial(StoredOutputs, path=path, teacher=teacher.network()), innermost=True)
+    return Stored()
+
+
+def _path_of_outputs(training: Training, data: Data, teacher: FinishedStage, stages: Path) -> Path:
+    """Name the folder by all that its content depends on, so that variants with the same needs share it."""
+    content = {
+        "teacher": teacher.folder.identity(),
+        "data": training.identity_of(data),
+        "layers": DistillationObjective(training.losses()).teacher_layers,
+        "seed": training.seed,  # of the augmentation
+        **dict(training.stored_outputs or {}),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return stages / f"outputs-{digest[:12]}"
+
+
+class _Fit(NamedTuple):
+    """What came of the fit.
+
+    Attributes:
+        seconds: That it took, over all attempts.
+        teacher: The source of the teacher's outputs.
+        losses: What they have learnt.
+        first: The losses' temperatures at the first step, by loss.
+        last: Those at the last step.
+        trainer: That fitted.
+    """
+
+    seconds: float = 0.0
+    teacher: TeacherSource | None = None
+    losses: Mapping[str, Tensor] = {}
+    first: Mapping[str, float] = {}
+    last: Mapping[str, float] = {}
+    trainer: Trainer | None = None
+
+
+class FirstTemperatures(Callback):
+    """Remembers the losses' temperatures at the first step, also after a resume."""
+
+    def __init__(self) -> None:
+        self.temperatures: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        objective = find_objective(pl_module)
+        if trainer.global_step == 0 and not self.temperatures and objective is not None:
+            self.temperatures = objective.temperatures()  # schedules, which come before this callback, have set them
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.temperatures)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.temperatures = state_dict
+
+
+def _fit(
+    training: Training,
+    network: nn.Module,
+    data: Data,
+    teacher: TeacherSource | None,
+    folder: StageFolder,
+    logger: Logger | None,
+    callbacks: list[Callback],
+) -> _Fit:
+    """Fit the network, from its last checkpoint where there is one."""
+    timer, first = Timer(), FirstTemperatures()
+    checkpoints = ModelCheckpoint(
+        dirpath=folder.path,
+        filename=LAST.removesuffix(".ckpt"),
+        every_n_epochs=_epochs_between_checkpoints(data),
+        save_on_train_epoch_end=True,  # between epochs a resumed training is bitwise the uninterrupted one
+        enable_version_counter=False,
+    )
+    module = training.module(network, teacher)
+    trainer = training.trainer(
+        callbacks=[*training.callbacks(), *callbacks, timer, first, checkpoints, StageMark(folder.fingerprint)],
+        logger=logger or False,
+        default_root_dir=folder.path,
+    )
+    if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    try:
+        trainer.fit(module, datamodule=data.module, ckpt_path=folder.last_checkpoint(), weights_only=True)
+    except SIGTERMException:
+        raise
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from error
+    if trainer.received_sigterm:  # after the last batch: the Trainer has not told
+        raise SIGTERMException
+    module.cpu()
+    objective = module.objective
+    return _Fit(
+        timer.time_elapsed("train"),
+        teacher,
+        objective.state_dict(),
+        first.temperatures,
+        objective.temperatures(),
+        trainer,
+    )
+
+
+def _test(
+    training: Training, network: nn.Module, data: Data, fit: _Fit, judge: Answers | None
+) -> tuple[Result, Tensor]:
+    """Judge the network on the validation split and, this once, on the test split.
+
+    Returns:
+        The result, and its answers on the validation split.
+    """
+    data.setup("validate")
+    data.setup("test")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = network.eval().to(device)
+    validation, tested = (
+        on_split(training.task, lambda batch: run(network, batch.args, batch.kwargs), loader, answers, device)
+        for loader, answers in zip((data.val_dataloader(), data.test_dataloader()), judge or (None, None), strict=True)
+    )
+    figures = {"train_seconds": fit.seconds, "params": float(parameters(network)), "size_mb": size_mb(network)}
+    last = next(iter(fit.last.values()), None)
+    if fit.teacher is not None and last is not None:
+        entropy = _teacher_entropy(training.task, fit.teacher, data.train_dataloader(), last, device)
+        figures |= {"teacher_entropy": entropy} if entropy is not None else {}
+    network.cpu()
+    temperature = _range(fit.first, fit.last)
+    result = result_of(training, training.task, tested, validation, figures=figures, temperature=temperature)
+    return result, validation.answers
+
+
+def _range(first: Mapping[str, float], last: Mapping[str, float]) -> float | tuple[float, float] | None:
+    """Return the first loss's temperature; where it was scheduled or learnt, that at the first and the last step."""
+    for name, temperature in last.items():
+        begun = first.get(name, temperature)
+        return temperature if begun == temperature else (begun, temperature)
+    return None
+
+
+def _architecture(training: Training, data: Data, teacher: FinishedStage | None) -> nn.Module:
+    network, objective = training.network(), DistillationObjective(training.losses())
+    if training.is_taught and objective.changing_losses:
+        data.setup("fit")
+        batches = loader_batches(data.train_dataloader())
+        source = Teacher(teacher.network()) if teacher is not None else training.teacher()
+        dry_run(batches, network, source, objective, training.task)
+    specs = [callback.spec for callback in training.callbacks() if isinstance(callback, QuantizationAwareTraining)]
+    if specs:
+        prepare(network, specs[0])
+    elif training.quantization is not None:
+        training.quantization.prepare(network)
+    return network
+
+
+def _epochs_between_checkpoints(data: Data) -> int:
+    try:
+        steps = len(data.train_dataloader())
+    except TypeError:  # an iterable data set has no length
+        return 1
+    return math.ceil(_STEPS_BETWEEN_CHECKPOINTS / max(steps, 1))
+
+
+@torch.no_grad()
+def _teacher_entropy(
+    task: Task, teacher: TeacherSource, loader: Any, temperature: float, device: torch.device
+) -> float | None:
+    teacher.to(device)
+    entropies: list[Tensor] = []
+    count = 0
+    for batch in _batches(task, loader, device):
+        if not teacher.can_teach(batch):
+            continue
+        outputs = task.arranged(teacher(batch)).softened(temperature)
+        entropy = None if isinstance(outputs, TopK) else task.entropy(outputs.logits, temperature)
+        if entropy is None:
+            return None
+        entropies.append(entropy * len(outputs.logits))
+        count += len(outputs.logits)
+        if count >= _ENTROPY_SAMPLES:
+            break
+    return float(torch.stack(entropies).sum()) / count if count else None
+
+
+def _batches(task: Task, loader: Any, device: torch.device | str) -> Iterator[Batch]:
+    for batch in loader:
+        yield task.read(move_data_to_device(batch, torch.device(device)))
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    """Concatenate batches; of texts that each batch pads to another length, all units in a row."""
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        batches = [batch.flatten() for batch in batches]
+    return torch.cat(batches)
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _digest(tested: Tested) -> str:
+    content = f"{len(tested.answers)}".encode() if tested.target is None else _array(tested.target).tobytes()
+    return hashlib.sha256(content).hexdigest()
