@@ -238,8 +238,10 @@ class DistillationModule(LightningModule):
         if reference is not None:
             metrics.update(student, reference)
             self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
-        same = None if teacher is None else agreement(self.task, student, teacher)
-        if teacher is None or same is None:
+        if teacher is None or not self.task.labelled:
+            return  # without labels, the metrics above are the agreement, of the whole split
+        same = agreement(self.task, student, teacher, batch.target)
+        if same is None:
             return
         self._agreement.update(same)
         self.log(f"{prefix}/agreement", self._agreement, on_step=False, on_epoch=True, prog_bar=True)

@@ -171,7 +171,7 @@ class MutualLearning(LightningModule):
         for key, metric in self._scores.items():
             if key.startswith(prefix) and metric.count:
                 self.log(key, metric, on_step=False, on_epoch=True, metric_attribute=key)
-        first, *others = (self.task.answers(of) for of in outputs.values())
+        first, *others = (self.task.without_padding(self.task.answers(of), batch.target) for of in outputs.values())
         self._log_mean(f"{prefix}/agreement", torch.stack([self.task.agreement(first, o) for o in others]).amin(0))
 
     def _log_mean(self, name: str, hits: Tensor) -> None:

@@ -43,7 +43,7 @@ from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Teacher, TeacherSource
-from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
+from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement, log_terms, logs_this_step
 
 _CHILD = "distillation"
 
@@ -114,7 +114,7 @@ class Distillation(Callback):
         self._rehearsal: Rehearsal | None = None
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
-        self._teacher_scores = TeacherScores(self.task)
+        self._teacher_scores, self._metrics_without_labels = TeacherScores(self.task), MetricsWithoutLabels(self.task)
         self._steps = 0
         self._resumption = Resumption()
         self._divergence = Divergence()
@@ -314,14 +314,18 @@ class Distillation(Callback):
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             # Of several forward passes the first: student and teacher see the same there.
             teacher = self.task.arranged(self.teacher(of_teacher))
-        same = agreement(self.task, self.task.arranged(Outputs(seen.logits)), teacher)
+        student = self.task.arranged(Outputs(seen.logits))
+        if not self.task.labelled:
+            self._metrics_without_labels.log(module, prefix, student, teacher, dataloader_idx)
+            return
+        target = self._batches.target_or_none(unwrapped.batch)
+        same = agreement(self.task, student, teacher, target)
         if same is None:
             return
         if same.numel():
             name = f"{prefix}/agreement"
             module.log(name, same.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=same.numel())
-        target = self._batches.target_or_none(unwrapped.batch) if prefix == "val" else None
-        if target is not None and self._batches.fits(target, teacher):
+        if prefix == "val" and target is not None and self._batches.fits(target, teacher):
             self._teacher_scores.log(module, teacher, target, dataloader_idx)
 
     # At the end.
@@ -380,7 +384,8 @@ class Distillation(Callback):
         check_outputs(self.objective, student, teacher, self.task)
         if first.target is not None and need_labels(self.objective):
             names = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-            check_class_names(names, student.logits)
+            if self.task.gives_logits:
+                check_class_names(names, student.logits)
             self.task.check(first.target, student.logits)
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)

@@ -16,7 +16,8 @@ def directions(vectors: Tensor) -> Tensor:
     """Divide vectors (..., D) by their length; one of zeros stays so, with a gradient of zero."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     some = length > 0
-    return (vectors / length.where(some, 1.0)).where(some, 0.0)
+    divided: Tensor = (vectors / length.where(some, 1.0)).where(some, 0.0)
+    return divided
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,21 @@
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import Batch, Identified, Taught, unwrapped
 from kd_lightning.tasks.classification import Classification, or_classification
+from kd_lightning.tasks.embedding import Embedding
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
+from kd_lightning.tasks.token_classification import TokenClassification
 
 __all__ = [
     "Batch",
     "Classification",
+    "Embedding",
     "Headline",
     "HeadlineMetric",
     "Identified",
     "Task",
     "Taught",
+    "TokenClassification",
     "or_classification",
     "unwrapped",
 ]

@@ -130,6 +130,15 @@ class Task:
         """Return what a network says of each unit, in short: (n, ...); kept with a finished stage."""
         raise NotImplementedError
 
+    def without_padding(self, answers: Tensor, target: Tensor | None) -> Tensor:
+        """Mark the answers that count for nothing, such as those to padding; none does unless a task says so.
+
+        Args:
+            answers: Of some units.
+            target: Of these units, where they have one.
+        """
+        return answers
+
     def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor:
         """Return what the headline is computed of, for each labelled unit: (n,), or (n, ...) with ``of_mean``.
 

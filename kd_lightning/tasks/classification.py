@@ -149,7 +149,7 @@ class Classification(Task):
         given = "no labels" if target is None else f"labels {_each(target.shape)}"
         raise ValueError(
             f"the logits {_each(logits.shape)} have {given}, which do not tell the dimension of the classes, expected "
-            "it to be named: pass task=Classification(class_dim=2) for (B, S, C), or class_dim=1 for (B, C, L)"
+            f"it to be named: pass task={type(self).__name__}(class_dim=2) for (B, S, C), or class_dim=1 for (B, C, L)"
         )
 
     def _check_shape(self, target: Tensor, logits: Tensor) -> None:
@@ -159,7 +159,8 @@ class Classification(Task):
             return
         remedy = "pass one class index for each"
         if logits.ndim == 3 and target.shape[1:] == logits.shape[2:]:
-            remedy = "where the classes are the second dimension, (B, C, L), pass task=Classification(class_dim=1)"
+            name = type(self).__name__
+            remedy = f"where the classes are the second dimension, (B, C, L), pass task={name}(class_dim=1)"
         elif target.shape[1:] == logits.shape[1:]:
             remedy = f"one-hot labels become indices by target.argmax({class_dim(logits) % logits.ndim})"
         elif target.ndim == 2 and target.shape[1] == 1:

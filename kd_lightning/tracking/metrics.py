@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from kd_lightning.objective import DistillationObjective, Term
 from kd_lightning.outputs import AnyOutputs, Outputs
@@ -49,11 +50,29 @@ def log_terms(
     module.log_dict(values, batch_size=batch_size)
 
 
-def agreement(task: Task, student: Outputs, teacher: AnyOutputs) -> Tensor | None:
+def agreement(task: Task, student: Outputs, teacher: AnyOutputs, target: Tensor | None = None) -> Tensor | None:
     """Tell how far both agree on each unit: (n,) in [0, 1]. None where they tell other things apart."""
     if not task.comparable(student, teacher):
         return None
-    return task.agreement(task.answers(student), task.answers(teacher))
+    return task.agreement(*(task.without_padding(task.answers(of), target) for of in (student, teacher)))
+
+
+class MetricsWithoutLabels:
+    """Logs the metrics of a task whose units have no labels, which compare with the teacher, for any module."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._metrics: dict[tuple[str, int], MetricCollection] = {}
+
+    def log(
+        self, module: LightningModule, prefix: str, student: Outputs, teacher: AnyOutputs, dataloader_idx: int
+    ) -> None:
+        """Count a batch of a split and a loader."""
+        metrics = self._metrics.setdefault((prefix, dataloader_idx), self.task.metrics()).to(module.device)
+        metrics.update(student, teacher)
+        for name, metric in metrics.items():
+            key = f"{prefix}/{name}"
+            module.log(key, metric, on_step=False, on_epoch=True, metric_attribute=key)
 
 
 class TeacherScores:
