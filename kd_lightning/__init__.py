@@ -20,8 +20,7 @@ except Exception as error:
 from kd_lightning.callbacks import Distillation
 from kd_lightning.checkpoint import load_student
 from kd_lightning.module import DistillationModule
-from kd_lightning.mutual_learning import MutualLearning
 from kd_lightning.outputs import Outputs
 from kd_lightning.teachers import Teacher
 
-__all__ = ["Distillation", "DistillationModule", "MutualLearning", "Outputs", "Teacher", "load_student"]
+__all__ = ["Distillation", "DistillationModule", "Outputs", "Teacher", "load_student"]

@@ -20,7 +20,7 @@ def load_student(path: str | PathLike[str], name: str | None = None, quantizers:
 
     Args:
         path: Of the file.
-        name: Of one student among those in a checkpoint of :class:`~kd_lightning.MutualLearning`.
+        name: Of a network that was trained along with the student; see :class:`~kd_lightning.teachers.Peers`.
         quantizers: Leave the quantisers' ranges among the weights, for a network that is prepared likewise.
 
     Raises:
@@ -31,12 +31,8 @@ def load_student(path: str | PathLike[str], name: str | None = None, quantizers:
 
         network.load_state_dict(load_student("last.ckpt"))
     """
-    state = _load_state(path)
-    if name is not None:
-        own = f"students.{name}."
-        if not any(key.startswith(own) for key in state):
-            raise ValueError(f"{path} holds no student {name!r}, expected one of {_students(state)}")
-        state = {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+    content = load_checkpoint(path)
+    state = _state_of(content, path) if name is None else _peer_of(content, path, name)
     return state if quantizers else float_weights(state)
 
 
@@ -74,12 +70,26 @@ def _reason(error: Exception) -> str:
     return f"expected a whole file with tensors and plain values, got: {first}; is it damaged, or of another program?"
 
 
-def _load_state(path: str | PathLike[str]) -> dict[str, Tensor]:
-    content = load_checkpoint(path)
+def _state_of(content: Any, path: str | PathLike[str]) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
     return dict(state)
+
+
+def _peer_of(content: Any, path: str | PathLike[str], name: str) -> dict[str, Tensor]:
+    """Return the weights of a network that was trained along with the student: the losses hold it."""
+    parts = content if isinstance(content, Mapping) else {}
+    callbacks = parts.get("callbacks")  # where they are Distillation's
+    owners = [parts, *(callbacks.values() if isinstance(callbacks, Mapping) else ())]
+    losses = [owner.get("losses") for owner in owners if isinstance(owner, Mapping)]
+    peers = {key: x for of in losses if isinstance(of, Mapping) for key, x in of.items() if key.startswith("peers.")}
+    own = f"peers.{name}."
+    found = {key.removeprefix(own): value for key, value in peers.items() if key.startswith(own)}
+    if not found:
+        names = list(dict.fromkeys(key.split(".")[1] for key in peers))
+        raise ValueError(f"{path} holds no peer {name!r}, expected one of {names}")
+    return found
 
 
 def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
@@ -88,18 +98,12 @@ def load_weights(network: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         ValueError: When names or shapes do not fit; nothing has been loaded then.
     """
-    state, expected = _load_state(path), network.state_dict()
+    state, expected = _state_of(load_checkpoint(path), path), network.state_dict()
     found = {}
     for prefix in _prefixes(state, expected):
         inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if inner.keys() == expected.keys():
             found[prefix] = inner
-    students = [prefix.removeprefix("students.").rstrip(".") for prefix in found if prefix.startswith("students.")]
-    if len(students) > 1:
-        raise ValueError(
-            f"{path} holds several students, {students}: load one, network.load_state_dict(load_student(path, name)), "
-            "without checkpoint="
-        )
     state = next(iter(found.values()), state)
     problem = mismatch(network, state)
     if problem:
@@ -125,10 +129,6 @@ def mismatch(network: nn.Module, state: Mapping[str, Tensor]) -> str:
         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('of another shape', shapes)}"
         "expected a checkpoint of this very architecture: check its depth, width and number of classes"
     )
-
-
-def _students(state: Mapping[str, Tensor]) -> list[str]:
-    return list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("students.") and key.count(".") > 1))
 
 
 def _prefixes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

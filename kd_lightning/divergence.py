@@ -10,7 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from kd_lightning.objective import Term
-from kd_lightning.outputs import AnyOutputs, Outputs, TopK
+from kd_lightning.outputs import AnyOutputs, Outputs, PeerOutputs, TopK
 from kd_lightning.tasks import Batch
 from kd_lightning.tracking.metrics import logs_this_step
 
@@ -71,11 +71,12 @@ class Divergence:
         when = f"at step {step}" if since == step else f"between steps {since} and {step}"
         raise FloatingPointError(f"the training has diverged {when}: {describe(parts())}")
 
-    def check_weights(self, student: nn.Module) -> None:
-        """Look at the weights, before they are saved or used."""
+    def check_weights(self, student: nn.Module, peers: nn.ModuleDict) -> None:
+        """Look at the weights, also of networks that are trained along, before they are saved or used."""
         if self._found:  # an exception is on its way, on which a checkpoint may be saved
             return
-        bad = not_finite(student, buffers=True)
+        of_peers = (not_finite(network, f"peer {name!r}", buffers=True) for name, network in peers.items())
+        bad = not_finite(student, buffers=True) or next(filter(None, of_peers), None)
         if bad:
             self._found = True
             raise FloatingPointError(f"the training has diverged: {bad}, expected finite ones: {_RATE}")
@@ -96,6 +97,8 @@ def parts_of(
         if isinstance(teacher, TopK):
             log_probs = teacher.log_probs.clamp_min(-1.0)  # −∞ fills up
             yield Part(log_probs, f"the teacher's log-probabilities {_HOLD}", _TEACHER)
+        elif isinstance(teacher, PeerOutputs):
+            yield from (Part(x.logits, f"the peer {n!r}'s logits {_HOLD}", _RATE) for n, x in teacher.networks.items())
         else:
             yield Part(teacher.logits, f"the teacher's logits {_HOLD}", _TEACHER)
         yield from (

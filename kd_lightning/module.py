@@ -33,6 +33,7 @@ from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Task, or_classification
 from kd_lightning.teachers import Teacher, TeacherSource
+from kd_lightning.teachers.base import peers_of
 from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
@@ -82,7 +83,7 @@ class DistillationModule(LightningModule):
         check_factories(optimizer, scheduler)
         self.student = student
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
-        self.objective = DistillationObjective(losses)
+        self.objective = DistillationObjective(losses, peers_of(self.teacher))
         self.task = or_classification(task)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -178,10 +179,10 @@ class DistillationModule(LightningModule):
             self._teacher_scores.settled = not (self.trainer.sanity_checking or self.teacher.learns)
 
     def on_train_end(self) -> None:
-        self._divergence.check_weights(self.student)
+        self._divergence.check_weights(self.student, self.objective.peers)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._divergence.check_weights(self.student)
+        self._divergence.check_weights(self.student, self.objective.peers)
         state: dict[str, Tensor] = checkpoint["state_dict"]
         checkpoint["state_dict"] = _under(state, _STUDENT)
         checkpoint["losses"] = _under(state, _OBJECTIVE)

@@ -1,15 +1,16 @@
 """The one place where a distillation loss is computed, whichever front door it came through."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.losses.gather import all_gather, gather_outputs, world_size
-from kd_lightning.outputs import TOP_K_REMEDY, AnyOutputs, Outputs, TopK
+from kd_lightning.outputs import TOP_K_REMEDY, AnyOutputs, Outputs, PeerOutputs, TopK
 
 
 class Term(NamedTuple):
@@ -26,15 +27,17 @@ class DistillationObjective(nn.Module):
 
     Args:
         losses: By the name under which each is logged and found in configs.
+        peers: Networks that are trained along with the student, by name; see :class:`~kd_lightning.teachers.Peers`.
 
     Raises:
-        ValueError: For no loss at all, or a name that no module can have.
+        ValueError: For no loss at all, or a name that no module can have; with peers, for losses that read more than
+            predictions, or none that compares.
         TypeError: For something that is no mapping, or no :class:`DistillationLoss` in it.
     """
 
     losses: nn.ModuleDict
 
-    def __init__(self, losses: Mapping[str, DistillationLoss]) -> None:
+    def __init__(self, losses: Mapping[str, DistillationLoss], peers: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         if not isinstance(losses, Mapping):
             raise TypeError(f"expected losses by name, got a {type(losses).__name__}: pass {{'kd': KD(), ...}}")
@@ -46,6 +49,9 @@ class DistillationObjective(nn.Module):
             if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"expected a loss's name to be a word without dots, got {name!r}: rename it")
         self.losses = nn.ModuleDict(losses)
+        self.peers, self.losses_of_peers = nn.ModuleDict(peers or {}), nn.ModuleDict()
+        if peers:
+            self._check_mutual()
         self._built = False
         self._attached: tuple[nn.Module, ...] = ()  # a tuple: the student is no submodule
 
@@ -79,6 +85,23 @@ class DistillationObjective(nn.Module):
         if refused:
             raise ValueError(f"losses {refused} read the teacher's logits of all classes, got {got}: {TOP_K_REMEDY}")
 
+    def _check_mutual(self) -> None:
+        losses, changing = self.named_losses(), self.changing_losses
+        looking = [
+            name
+            for name, loss in losses.items()
+            if loss.student_layers or loss.teacher_layers or loss.needs_teacher_network or name in changing
+        ]
+        if looking:
+            raise ValueError(
+                f"losses {looking} read layers or look into a network, expected losses on logits: peers learn from "
+                "each other's predictions; leave them out"
+            )
+        if not self.needs_teacher:
+            raise ValueError(
+                f"losses {list(losses)} compare nothing with a peer, expected one that does, such as 'kd': KD()"
+            )
+
     def temperatures(self) -> dict[str, float]:
         """Return the current temperature of each loss that has one."""
         found = {name: getattr(loss, "temperature", None) for name, loss in self.named_losses().items()}
@@ -97,6 +120,8 @@ class DistillationObjective(nn.Module):
             for name, loss in self.named_losses().items():
                 with _errors_name(name, loss):
                     loss.build(student, known)
+            for peer in self.peers:
+                self.losses_of_peers[peer] = copy.deepcopy(self.losses)
             self._built = True
         if student_network is not None:
             self.attach(student_network, teacher_network)
@@ -113,19 +138,48 @@ class DistillationObjective(nn.Module):
     def forward(
         self, student: Outputs, teacher: AnyOutputs | None, target: Tensor | None
     ) -> tuple[Tensor, dict[str, Term]]:
-        """Return the total, and each term by name."""
+        """Return the total, and each term by name; those of a peer by ``<loss>/<peer>``."""
         with torch.autocast(student.logits.device.type, enabled=False):
             student = student.in_full_precision()
             # A loss that needs no teacher does not look at it.
             teacher = teacher.in_full_precision() if teacher is not None else student
-            terms = {}
-            for name, loss in self.named_losses().items():
-                with _errors_name(name, loss):
-                    softened = teacher.softened(getattr(loss, "temperature", None))
-                    raw = loss(*_batch_of(loss, student, softened, target))
-                terms[name] = Term(raw, loss.weight * raw)
+            if isinstance(teacher, PeerOutputs):
+                terms = self._mutual(student, teacher, target)
+            else:
+                terms = {name: _term(name, loss, student, [teacher], target) for name, loss in self._losses_of()}
             total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
             return total, terms
+
+    def _mutual(self, student: Outputs, peers: PeerOutputs, target: Tensor | None) -> dict[str, Term]:
+        """Compute the losses of the student and of each peer, each against the predictions of all others."""
+        every = {"": student, **{name: one._replace(samples=student.samples) for name, one in peers.networks.items()}}
+        terms = {}
+        for peer, learner in every.items():
+            others = [Outputs(one.logits.detach()) for name, one in every.items() if name != peer]
+            for name, loss in self._losses_of(peer):
+                terms[f"{name}/{peer}" if peer else name] = _term(name, loss, learner, others, target)
+        return terms
+
+    def _losses_of(self, peer: str = "") -> Iterable[tuple[str, DistillationLoss]]:
+        """Return the student's losses by name, or a peer's, with the numbers that the student's have now."""
+        if not peer:
+            return self.named_losses().items()
+        own = cast("nn.ModuleDict", self.losses_of_peers[peer])
+        for copied, original in zip(own.modules(), self.losses.modules(), strict=True):
+            vars(copied).update({name: x for name, x in vars(original).items() if type(x) in (int, float)})
+        return [(name, loss) for name, loss in own.items() if isinstance(loss, DistillationLoss)]
+
+
+def _term(
+    name: str, loss: DistillationLoss, student: Outputs, teachers: Sequence[AnyOutputs], target: Tensor | None
+) -> Term:
+    """Compute one loss: the mean over several teachers."""
+    with _errors_name(name, loss):
+        temperature = getattr(loss, "temperature", None)
+        against = teachers if loss.needs_teacher else teachers[:1]
+        raw = [loss(*_batch_of(loss, student, one.softened(temperature), target)) for one in against]
+        mean = raw[0] if len(raw) == 1 else torch.stack(raw).mean()
+        return Term(mean, loss.weight * mean)
 
 
 @contextmanager

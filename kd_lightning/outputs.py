@@ -170,7 +170,46 @@ class TopK(NamedTuple):
         return self._replace(log_probs=_up(self.log_probs), features=_all_up(self.features))
 
 
-AnyOutputs: TypeAlias = Outputs | EnsembleOutputs | TopK
+class PeerOutputs(NamedTuple):
+    """What networks gave for one batch that are trained along with the student, with the graphs of their computation.
+
+    Attributes:
+        networks: The outputs of each, by name.
+        features: None.
+    """
+
+    networks: Mapping[str, Outputs]
+    features: Mapping[str, Tensor] = {}
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits of their average at T = 1."""
+        return self.softened(1.0).logits
+
+    @property
+    def members(self) -> tuple[Tensor, ...]:
+        """Logits of each."""
+        return tuple(one.logits for one in self.networks.values())
+
+    def softened(self, temperature: float | Tensor | None) -> Outputs:
+        """Return the outputs of their average, at a temperature; losses get them one by one."""
+        weights = [1 / len(self.networks)] * len(self.networks)
+        return Outputs(mixed(self.members, weights, 1.0 if temperature is None else float(temperature)))
+
+    def best(self) -> Tensor:
+        """Return the most likely class of their average, at T = 1: (B,), (B, S) or (B, H, W)."""
+        return self.softened(1.0).best()
+
+    def with_logits(self, change: Callable[[Tensor], Tensor]) -> "PeerOutputs":
+        """Return the same with other logits of each, by a function of them."""
+        return PeerOutputs({name: one.with_logits(change) for name, one in self.networks.items()})
+
+    def in_full_precision(self) -> "PeerOutputs":
+        """Return the same in float32, where it is in half precision."""
+        return self.with_logits(_up)
+
+
+AnyOutputs: TypeAlias = Outputs | EnsembleOutputs | TopK | PeerOutputs
 """What a teacher gives: the outputs of a network, or of several, or its best classes alone."""
 
 

@@ -33,8 +33,11 @@ def load(name: str):
     for key in part:
         if OmegaConf.is_missing(part, key):
             part[key] = MISSING[key]
-    # A scheduler takes its learning rate from the optimizer beside it, a live teacher how it runs from the teacher.
-    return OmegaConf.create({"optimizer": {"lr": 0.1}, "teacher": {"accelerate": []}, "part": part}).part
+    # A scheduler takes its learning rate from the optimizer beside it, a live teacher how it runs from the teacher, and
+    # a peer its architecture from the student.
+    beside = {"optimizer": {"lr": 0.1}, "teacher": {"accelerate": []}}
+    student = {"network": {"_target_": "torch.nn.Identity"}}
+    return OmegaConf.create({**beside, "student": student, "part": part}).part
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -1,16 +1,18 @@
 """A training that has diverged ends in an error that says where, before anything that it gave is used."""
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning import MutualLearning, Outputs
+from kd_lightning import Outputs
 from kd_lightning.divergence import Divergence
 from kd_lightning.losses import KD, DistillationLoss, HardLabel
 from kd_lightning.tasks import Taught
-from kd_lightning.teachers import FromBatch
+from kd_lightning.teachers import FromBatch, Peers
 from tests.doors import DOORS, Fit
 from tests.tiny import CLASSES, loader, network, samples, trainer
 
@@ -97,14 +99,25 @@ def test_a_step_that_the_gradient_scaler_leaves_out_is_none(fit: Fit) -> None:
     assert scaler.get_scale() < 2.0**60  # it has left out some
 
 
-def test_students_that_teach_each_other() -> None:
-    module = MutualLearning(
-        {"a": network(), "b": network(1)},
-        {"hard_label": HardLabel(), "kd": KD()},
-        lambda parameters: torch.optim.SGD(parameters, lr=1e30),
-    )
-    with pytest.raises(FloatingPointError, match=r"diverged at step [23]: the student 'a''s (weights|logits)"):
-        trainer().fit(module, loader())
+@pytest.mark.parametrize("fit", DOORS)
+def test_networks_that_teach_each_other(fit: Fit) -> None:
+    losses = {"hard_label": HardLabel(), "kd": KD()}
+    with pytest.raises(FloatingPointError, match=r"diverged at step [23]: the peer 'b''s logits hold"):
+        fit(loader(), losses, teacher=Peers({"b": network(1)}), optimizer=lambda p: torch.optim.SGD(p, lr=1e30))
+
+
+@pytest.mark.parametrize("fit", DOORS)
+def test_a_peer_that_has_diverged_in_the_last_step(fit: Fit) -> None:
+    peer, losses = network(1), {"hard_label": HardLabel(), "kd": KD()}
+
+    def last(parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        own = {id(p) for p in peer.parameters()}
+        groups = [{"params": [p for p in parameters if (id(p) in own) == flag]} for flag in (False, True)]
+        return torch.optim.SGD([groups[0], {**groups[1], "lr": torch.inf}], lr=0.01)
+
+    with pytest.raises(FloatingPointError, match=r"has diverged: the peer 'b''s weights 'stem.weight' and \d+ others"):
+        fit(loader(8), losses, teacher=Peers({"b": peer}), optimizer=last)
 
 
 class Elsewhere(Tensor):

@@ -11,10 +11,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from kd_lightning import Distillation, DistillationModule, MutualLearning, Teacher
+from kd_lightning import Distillation, DistillationModule, Teacher
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.losses import DKD, KD, DistillationLoss, HardLabel, LogitsMSE
 from kd_lightning.schedules import linear, step, warmup
+from kd_lightning.teachers import Peers
 from tests.doors import DOORS, Fit
 from tests.tiny import CLASSES, distillation, good_teacher, loader, network, samples, sgd, trainer
 
@@ -238,8 +239,6 @@ def test_what_is_made_already_is_named() -> None:
         distillation(student, scheduler=scheduler)
     with pytest.raises(ValueError, match=r"expected optimizer= to make a torch.optim.Optimizer, got a list"):
         trainer().fit(distillation(optimizer=list), loader())
-    with pytest.raises(ValueError, match="got a SGD"):
-        MutualLearning({"a": student, "b": network(1)}, losses(), optimizer)
 
 
 # Losses
@@ -248,7 +247,7 @@ def test_what_is_made_already_is_named() -> None:
 @pytest.mark.parametrize("make", [
     lambda losses: DistillationModule(network(), good_teacher(), losses, sgd),
     lambda losses: Distillation(good_teacher(), losses),
-    lambda losses: MutualLearning({"a": network(), "b": network(1)}, losses, sgd),
+    lambda losses: DistillationModule(network(), Peers({"b": network(1)}), losses, sgd),
 ])  # fmt: skip
 @pytest.mark.parametrize(
     ("wrong", "told"),

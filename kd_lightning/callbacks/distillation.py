@@ -43,6 +43,7 @@ from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Teacher, TeacherSource
+from kd_lightning.teachers.base import peers_of
 from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement, log_terms, logs_this_step
 
 _CHILD = "distillation"
@@ -101,7 +102,7 @@ class Distillation(Callback):
         if not is_finite_number(task_weight) or task_weight < 0:
             raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
-        self.objective = DistillationObjective(losses)
+        self.objective = DistillationObjective(losses, peers_of(self.teacher))
         if "task" in losses:
             raise ValueError("'task' is the name of the module's own loss: give this one another")
         self.student_name, self.task_weight = student, task_weight
@@ -331,10 +332,10 @@ class Distillation(Callback):
     # At the end.
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._divergence.check_weights(self._calls.student_of(pl_module))
+        self._divergence.check_weights(self._calls.student_of(pl_module), self.objective.peers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._divergence.check_weights(self._calls.student_of(pl_module))
+        self._divergence.check_weights(self._calls.student_of(pl_module), self.objective.peers)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"losses": self.objective.state_dict(), "rng_states": rng_states()}

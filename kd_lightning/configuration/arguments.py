@@ -14,6 +14,8 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from torch import nn
+
 _NUMBERS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number"}
 _STRINGS: dict[Any, str] = {str: "a string", Path: "a path"}
 _LONGEST = 600
@@ -184,6 +186,8 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, Mapping) and (len(inner) != 2 or all(fits(item, inner[1]) for item in value.values()))
     if origin is Callable or kind is Callable:
         return not isinstance(value, str | int | float | list | None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return not isinstance(value, Mapping)  # one without _target_ makes no network
     return True  # a class that only an object can be of, or a type variable
 
 

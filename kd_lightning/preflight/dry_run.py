@@ -93,7 +93,7 @@ def compute_once(
     Raises:
         ValueError: For a loss that is not finite.
     """
-    mode = objective.training
+    modes = {module: module.training for module in objective.modules()}  # peers may have parts that stay in eval mode
     objective.eval()
     with torch.no_grad():
         device = student.logits.device
@@ -102,7 +102,8 @@ def compute_once(
             None if teacher is None else move_data_to_device(teacher, device),
             None if target is None else target.to(device),
         )
-    objective.train(mode)
+    for module, mode in modes.items():
+        module.training = mode
     if not torch.isfinite(total):
         raise ValueError(
             f"the losses give {total.item()} before the first step, expected a finite value: look for NaN or infinite "

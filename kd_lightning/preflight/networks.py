@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.teachers import TeacherSource
+from kd_lightning.teachers.base import peers_of
 
 
 def check_parts(teacher: TeacherSource | None, objective: DistillationObjective) -> None:
@@ -30,7 +31,7 @@ def check_networks(student: nn.Module, teacher: TeacherSource | nn.Module | None
     """Raise ValueError for a student that is no network, or is the teacher."""
     if not isinstance(student, nn.Module):
         raise ValueError(f"expected a network (nn.Module) as student, got {_a(student)}: a teacher goes to teacher=")
-    if teacher is not None and student in (teacher, getattr(teacher, "network", None)):
+    if teacher is not None and student in (teacher, getattr(teacher, "network", None), *peers_of(teacher).values()):
         raise ValueError(
             "student and teacher are the same network, expected two: pass copy.deepcopy(student) as teacher, or "
             "Momentum() for the student's own average"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import AnyOutputs, Outputs, TopK, class_dim, classes_last
+from kd_lightning.outputs import AnyOutputs, Outputs, PeerOutputs, TopK, class_dim, classes_last
 from kd_lightning.tasks import Task
 
 _PROBABILITIES = ("Sigmoid", "Softmax")
@@ -18,26 +18,43 @@ _VIEWS = (
 )  # fmt: skip
 
 
-def check_outputs(objective: DistillationObjective, student: Outputs, teacher: AnyOutputs | None, task: Task) -> None:
+def check_outputs(
+    objective: DistillationObjective,
+    student: Outputs,
+    teacher: AnyOutputs | None,
+    task: Task,
+    role: str = "teacher",
+) -> None:
     """Compare the classes of both, what the losses need of them and of the task, and whether the samples are known.
+
+    Args:
+        objective: Has the losses.
+        student: Outputs for a few samples.
+        teacher: Likewise; of peers, each is compared.
+        task: Says what outputs mean.
+        role: Of the teacher, for errors.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
+    if isinstance(teacher, PeerOutputs):
+        for name, peer in teacher.networks.items():
+            check_outputs(objective, student, peer, task, f"peer {name!r}")
+        return
     losses = objective.named_losses()
     refusals = {name: why for name, loss in losses.items() if (why := task.refuses(loss)) is not None}
     for name, why in refusals.items():
         raise ValueError(f"loss {name!r} {why}")
     if task.gives_logits:
-        _check_all_logits(student, teacher)
+        _check_all_logits(student, teacher, role)
     comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
     if isinstance(teacher, TopK):
         objective.check_takes_top_k(f"its {teacher.k} best")
         check_top_k(teacher, classes_of(student))
     elif comparing and teacher is not None and classes_of(teacher) != classes_of(student):
         raise ValueError(
-            f"the student has {classes_of(student)} classes and the teacher {classes_of(teacher)}, expected the same "
-            f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the teacher's "
+            f"the student has {classes_of(student)} classes and the {role} {classes_of(teacher)}, expected the same "
+            f"classes in the same order, as losses {comparing} compare them: set num_classes, or slice the {role}'s "
             "logits in a module around it"
         )
     constant = [name for name, loss in losses.items() if loss.over_classes]
@@ -55,11 +72,11 @@ def check_outputs(objective: DistillationObjective, student: Outputs, teacher: A
         )
 
 
-def _check_all_logits(student: Outputs, teacher: AnyOutputs | None) -> None:
+def _check_all_logits(student: Outputs, teacher: AnyOutputs | None, role: str) -> None:
     check_logits("student", student.logits)
     if teacher is None or isinstance(teacher, TopK):
         return
-    check_logits("teacher", teacher.logits)
+    check_logits(role, teacher.logits)
     for i, logits in enumerate(teacher.members):
         check_logits(f"teacher {i} of the ensemble", logits)
 

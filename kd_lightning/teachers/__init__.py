@@ -6,6 +6,7 @@ from kd_lightning.teachers.ensemble import Ensemble
 from kd_lightning.teachers.from_batch import FromBatch
 from kd_lightning.teachers.live import Teacher
 from kd_lightning.teachers.momentum import Momentum
+from kd_lightning.teachers.peers import Peers
 from kd_lightning.teachers.runtime import RuntimeTeacher
 from kd_lightning.teachers.stored import Stored
 
@@ -13,6 +14,7 @@ __all__ = [
     "Ensemble",
     "FromBatch",
     "Momentum",
+    "Peers",
     "RuntimeTeacher",
     "Stored",
     "Teacher",

@@ -24,6 +24,8 @@ class TeacherSource:
             it is scored in each validation.
         copies_student: Whether :meth:`prepare` copies the student as it is then: what changes the student's layers
             later, and is not to reach the copy, calls it first.
+        peers: Networks that are trained along with the student, by name. The losses hold them: they are in the
+            optimizer and in the checkpoint, and follow the module.
         scheduled: Whether :meth:`after_step` goes by the progress, so that the length of the training has to be known.
     """
 
@@ -31,6 +33,7 @@ class TeacherSource:
     in_batch = False
     learns = False
     copies_student = False
+    peers: Mapping[str, nn.Module] = {}
     scheduled = False
 
     def __call__(self, batch: Batch, layers: Iterable[str] = ()) -> AnyOutputs:
@@ -82,3 +85,8 @@ class BatchSource(TeacherSource):
 
     def can_teach(self, batch: Batch) -> bool:
         return batch.teacher is not None
+
+
+def peers_of(teacher: object) -> Mapping[str, nn.Module]:
+    """Return the networks that are trained along with the student; none with most teachers."""
+    return teacher.peers if isinstance(teacher, TeacherSource) else {}

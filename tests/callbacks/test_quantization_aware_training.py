@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from kd_lightning import Distillation, DistillationModule, MutualLearning, load_student
+from kd_lightning import Distillation, DistillationModule, load_student
 from kd_lightning.callbacks import HyperparameterSchedule, QuantizationAwareTraining, TemperatureSchedule
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.losses import KD, HardLabel, Hint, SimKD
@@ -30,7 +30,7 @@ from kd_lightning.quantization import (
 )
 from kd_lightning.quantization.prepare import quantizers
 from kd_lightning.schedules import linear
-from kd_lightning.teachers import Momentum
+from kd_lightning.teachers import Momentum, Peers
 from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, sgd, trainer, weights
 
 ROOT = Path(__file__).parents[2]
@@ -358,18 +358,18 @@ def test_a_moving_average_as_teacher_is_one_in_float(door: str, tmp_path: Path) 
 
 
 def test_two_networks_of_a_module_each_with_a_spec_of_its_own(tmp_path: Path) -> None:
-    def run(ckpt_path: Path | None = None) -> MutualLearning:
+    def run(ckpt_path: Path | None = None) -> DistillationModule:
         losses = {"hard_label": HardLabel(), "kd": KD(1.0)}
-        module = MutualLearning({"a": network(), "b": network(seed=1)}, losses, optimizer=sgd)
+        module = DistillationModule(network(), Peers({"b": network(seed=1)}), losses, optimizer=sgd)
         four, eight = (QuantizationSpec(weight_bits=bits) for bits in (4, 8))
-        both = [qat(spec=four, student="students.a"), qat(spec=eight, student="students.b", start=0.5)]
+        both = [qat(spec=four), qat(spec=eight, student="objective.peers.b", start=0.5)]
         save = [] if ckpt_path else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
         fit(module, *both, *save, enable_checkpointing=not ckpt_path, ckpt_path=ckpt_path, max_epochs=2)
         return module
 
     module = run()
-    assert [layer.weight_bits for layer in quantized_layers(module.students.a)] == [4, 4]
-    assert [layer.weight_bits for layer in quantized_layers(module.students.b)] == [8, 8]
+    assert [layer.weight_bits for layer in quantized_layers(module.student)] == [4, 4]
+    assert [layer.weight_bits for layer in quantized_layers(module.teacher.peers["b"])] == [8, 8]
     assert_equal(weights(run(tmp_path / "epoch=0.ckpt")), weights(module))
 
 
@@ -517,18 +517,6 @@ def test_its_weights_in_float_load_into_the_plain_network(files: dict[str, Path]
         assert not torch.equal(plain(x), trained(x))
         set_fake_quantization(trained, False)
         assert torch.equal(plain(x), trained(x))
-
-
-def test_so_do_those_with_learned_scales_and_of_one_student_among_several(tmp_path: Path) -> None:
-    students = {"a": network(seed=1), "b": network(seed=2)}
-    module = MutualLearning(students, {"hard_label": HardLabel(), "kd": KD(1.0)}, sgd)
-    it = fit(module, qat(spec=QuantizationSpec(learned_scales=True), student="students.b"))
-    it.save_checkpoint(tmp_path / "last.ckpt")
-    plain, trained = network(seed=5), module.students["b"]
-    plain.load_state_dict(load_student(tmp_path / "last.ckpt", "b"))
-    set_fake_quantization(trained, False)
-    x = samples(64)[0]
-    assert torch.equal(plain.eval()(x), trained.eval()(x))
 
 
 def test_another_spec_is_refused(files: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from hydra.errors import InstantiationException, MissingConfigException
 
 from kd_lightning import load_student
 from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.models import CNN8, MLP32
 from kd_lightning.pipeline.pipeline import Pipeline
 from tests.command import TINY, copied, kd_lightning
 from tests.pipeline.test_pipeline import runs
@@ -107,6 +108,24 @@ def test_the_average_needs_no_teacher_and_the_control_keeps_it(folder: Path, run
     assert "student alone" in printed
     assert run("teachers=momentum", "stages=[teacher,student,control,distilled]").count("reused") == 4
     assert "reused" not in run("teachers=momentum", "teachers.decay=0.5", "stages=[distilled]")
+
+
+@pytest.mark.integration
+def test_a_network_that_learns_along_needs_no_teacher_and_stays_beside_the_student(folder: Path, run) -> None:
+    command = ("teachers=peers", "losses.kd.temperature=1", "stages=[student,distilled,verdict]")
+    other = "+models@teachers.networks.peer=mlp32"
+    assert "student alone" in kd_lightning(*TINY, *command, cwd=folder)
+    assert run(*command).count("reused") == 2
+    assert "reused" not in run(*command[:2], other, "stages=[distilled]")
+    files = folder.glob("mlruns/stages/distilled-kd-T1-Peers-s0-*/final.ckpt")
+    first, second = sorted(files, key=lambda file: file.stat().st_mtime)
+    student, peer = load_student(first), load_student(first, "peer")
+    CNN8().load_state_dict(peer)
+    assert not torch.equal(student["head.weight"], peer["head.weight"])
+    MLP32().load_state_dict(load_student(second, "peer"))
+    _, _, children = runs(folder)
+    logged = next(r for r in children if r.info.run_name == "distilled-kd-T1-Peers-s0").data.metrics
+    assert logged["train/loss/kd/peer"] != logged["train/loss/kd"]
 
 
 @pytest.mark.integration

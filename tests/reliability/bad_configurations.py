@@ -84,7 +84,7 @@ def valid() -> Iterator[tuple[tuple[str, ...], str]]:
     for name in ("temperature_schedule", "hyperparameter_schedule", "quantization_aware_training"):
         yield (f"callbacks=[{name}]",), f"callbacks.{name}"
     yield ("losses=[hard_label,ctkd]", "callbacks=[curriculum_temperature]"), "callbacks.curriculum_temperature"
-    for name in ("ensemble", "momentum", "runtime"):
+    for name in ("ensemble", "momentum", "peers", "runtime"):
         yield (f"teachers={name}",), "teachers"
     yield ("teachers=stored",), "stored_outputs"
     for name in ("sgd", "adamw"):
