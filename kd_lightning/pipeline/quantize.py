@@ -304,7 +304,7 @@ def _export(network: nn.Module, task: Task, data: Data, file: Path, precision: s
         file,
         precision=precision,
         task=task,
-        classes=data.class_names or (),
+        classes=(data.class_names or ()) if task.gives_logits else (),
         mean=data.mean,
         std=data.std,
         least_agreement=_LEAST,

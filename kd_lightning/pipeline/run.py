@@ -42,6 +42,7 @@ from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.quantization import prepare
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
 from kd_lightning.tasks import Batch, Task
+from kd_lightning.tasks.base import in_a_row
 from kd_lightning.teachers import Stored, Teacher, TeacherSource
 from kd_lightning.tracking.runs import is_rank_zero
 
@@ -124,15 +125,15 @@ def on_split(
     answers, scores, known = list[Tensor](), list[Tensor](), list[Tensor]()
     for batch in _batches(task, loader, device):
         outputs = task.arranged(model(batch))
-        answers.append(task.answers(outputs).cpu())
+        answers.append(task.without_padding(task.answers(outputs), batch.target).cpu())
         if task.labelled:
             assert batch.target is not None
             scores.append(task.scores(outputs, batch.target).cpu())
             known.append(batch.target.cpu())
-    every = _joined(answers)
+    every = task.joined(answers)
     if not task.labelled:
         return Tested(every, task.agreement(every, every if teacher is None else teacher), None)
-    return Tested(every, torch.cat(scores), _joined(known))
+    return Tested(every, torch.cat(scores), in_a_row(known))
 
 
 def result_of(model: Training | Result, task: Task, tested: Tested, validation: Tested, **others: Any) -> Result:
@@ -426,13 +427,6 @@ def _teacher_entropy(
 def _batches(task: Task, loader: Any, device: torch.device | str) -> Iterator[Batch]:
     for batch in loader:
         yield task.read(move_data_to_device(batch, torch.device(device)))
-
-
-def _joined(batches: list[Tensor]) -> Tensor:
-    """Concatenate batches; of texts that each batch pads to another length, all units in a row."""
-    if len({batch.shape[1:] for batch in batches}) > 1:
-        batches = [batch.flatten() for batch in batches]
-    return torch.cat(batches)
 
 
 def _array(x: Tensor) -> NDArray[Any]:

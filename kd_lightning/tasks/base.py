@@ -139,6 +139,10 @@ class Task:
         """
         return answers
 
+    def joined(self, answers: Sequence[Tensor]) -> Tensor:
+        """Concatenate the answers of several batches; of texts of several lengths, all tokens in a row."""
+        return in_a_row(answers)
+
     def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor:
         """Return what the headline is computed of, for each labelled unit: (n,), or (n, ...) with ``of_mean``.
 
@@ -201,6 +205,12 @@ class Task:
             names: Those of the classes, where the data names them.
         """
         return {}
+
+
+def in_a_row(batches: Sequence[Tensor]) -> Tensor:
+    """Concatenate batches; of texts that each batch pads to another length, all tokens in a row."""
+    ragged = len({batch.shape[1:] for batch in batches}) > 1
+    return torch.cat([batch.flatten() for batch in batches] if ragged else list(batches))
 
 
 def relative_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from torchmetrics import MetricCollection
 
 from kd_lightning.outputs import AnyOutputs, TopK
+from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.headline import Headline
@@ -37,6 +39,8 @@ class TokenClassification(Classification):
         units: What is tagged as one, plural, as sentences say it.
     """
 
+    parts = Task.parts  # a class has no passages of its own
+
     def __init__(self, class_dim: int | None = None, units: str = "passages") -> None:
         super().__init__(class_dim=class_dim, units=units)
         self.headline = Headline(name="macro-F1", key="f1", units=units, of_mean=macro_f1)
@@ -51,6 +55,11 @@ class TokenClassification(Classification):
         if labels is None or labels.shape != answers.shape:  # a module may have targets of its own
             return answers
         return answers.masked_fill(labels == IGNORE_INDEX, IGNORE_INDEX)
+
+    def joined(self, answers: Sequence[Tensor]) -> Tensor:
+        """Concatenate the answers of several batches, padded with -100 to the longest passage."""
+        longest = max(batch.shape[1] for batch in answers)
+        return torch.cat([pad(batch, (0, longest - batch.shape[1]), value=IGNORE_INDEX) for batch in answers])
 
     def scores(self, outputs: AnyOutputs, target: Tensor) -> Tensor:
         """Count for each passage with a label and each class what F1 is made of: (n, C, 2).
@@ -91,9 +100,6 @@ class TokenClassification(Classification):
         given = answers[answers != IGNORE_INDEX]
         one = given[:1].expand(len(answers)) if bool((given == given[:1]).all()) else torch.arange(len(answers))
         return super().learned_nothing(one, scores, target)
-
-    def parts(self, target: Tensor, names: Sequence[str] | None = None) -> dict[str, NDArray[np.bool_]]:
-        return {}
 
     def check(self, target: Any, logits: Tensor) -> None:
         if logits.ndim != 3:
