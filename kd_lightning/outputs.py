@@ -60,6 +60,25 @@ class Outputs(NamedTuple):
         return self.with_logits(_up)._replace(features=_all_up(self.features))
 
 
+Average: TypeAlias = Callable[[Sequence[Tensor], Sequence[float], float], Tensor]
+"""Makes one network's outputs of those of several, by weights, for a temperature."""
+
+
+def mixed(members: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
+    """Return T·log Σ_k w_k·softmax(z_k / T): logits whose softmax at T is the average of the probabilities at T.
+
+    In float32 where the members' are in half precision.
+    """
+    total: Tensor | None = None
+    for z, weight in zip(members, weights, strict=True):
+        if weight:
+            z = _up(z)
+            log_p = torch.log_softmax(z / temperature, class_dim(z)) + math.log(weight)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+    assert total is not None
+    return temperature * total
+
+
 class EnsembleOutputs(NamedTuple):
     """What an ensemble gave for one batch: an average that depends on the temperature.
 
@@ -68,12 +87,15 @@ class EnsembleOutputs(NamedTuple):
         members: Logits of each member, of one shape.
         weights: Of the average; their sum is 1.
         features: Those of the first member.
+        average: Of the members, by weights, at a temperature; that of probabilities of classes unless a task has
+            outputs of another meaning.
     """
 
     logits: Tensor
     members: tuple[Tensor, ...]
     weights: tuple[float, ...]
     features: Mapping[str, Tensor] = {}
+    average: Average = mixed
 
     @classmethod
     def of(
@@ -87,7 +109,11 @@ class EnsembleOutputs(NamedTuple):
         """Return the outputs for a loss of that temperature: an ensemble's logits are others at another T."""
         if temperature is None or float(temperature) == 1:
             return Outputs(self.logits, self.features)
-        return Outputs(mixed(self.members, self.weights, float(temperature)), self.features)
+        return Outputs(self.average(self.members, self.weights, float(temperature)), self.features)
+
+    def averaged(self, average: Average) -> "EnsembleOutputs":
+        """Return the same members with another average."""
+        return self._replace(logits=average(self.members, self.weights, 1.0), average=average)
 
     def best(self) -> Tensor:
         """Return the most likely class, at T = 1: (B,), (B, S) or (B, H, W)."""
@@ -176,14 +202,16 @@ class PeerOutputs(NamedTuple):
     Attributes:
         networks: The outputs of each, by name.
         features: None.
+        average: As of :class:`EnsembleOutputs`; by which several are scored as one.
     """
 
     networks: Mapping[str, Outputs]
     features: Mapping[str, Tensor] = {}
+    average: Average = mixed
 
     @property
     def logits(self) -> Tensor:
-        """Logits of their average at T = 1."""
+        """Logits of their average at T = 1; of one, its own."""
         return self.softened(1.0).logits
 
     @property
@@ -193,8 +221,14 @@ class PeerOutputs(NamedTuple):
 
     def softened(self, temperature: float | Tensor | None) -> Outputs:
         """Return the outputs of their average, at a temperature; losses get them one by one."""
+        if len(self.networks) == 1:
+            return next(iter(self.networks.values()))
         weights = [1 / len(self.networks)] * len(self.networks)
-        return Outputs(mixed(self.members, weights, 1.0 if temperature is None else float(temperature)))
+        return Outputs(self.average(self.members, weights, 1.0 if temperature is None else float(temperature)))
+
+    def averaged(self, average: Average) -> "PeerOutputs":
+        """Return the same networks with another average."""
+        return self._replace(average=average)
 
     def best(self) -> Tensor:
         """Return the most likely class of their average, at T = 1: (B,), (B, S) or (B, H, W)."""
@@ -202,7 +236,7 @@ class PeerOutputs(NamedTuple):
 
     def with_logits(self, change: Callable[[Tensor], Tensor]) -> "PeerOutputs":
         """Return the same with other logits of each, by a function of them."""
-        return PeerOutputs({name: one.with_logits(change) for name, one in self.networks.items()})
+        return self._replace(networks={name: one.with_logits(change) for name, one in self.networks.items()})
 
     def in_full_precision(self) -> "PeerOutputs":
         """Return the same in float32, where it is in half precision."""
@@ -211,21 +245,6 @@ class PeerOutputs(NamedTuple):
 
 AnyOutputs: TypeAlias = Outputs | EnsembleOutputs | TopK | PeerOutputs
 """What a teacher gives: the outputs of a network, or of several, or its best classes alone."""
-
-
-def mixed(members: Sequence[Tensor], weights: Sequence[float], temperature: float = 1.0) -> Tensor:
-    """Return T·log Σ_k w_k·softmax(z_k / T): logits whose softmax at T is the average of the probabilities at T.
-
-    In float32 where the members' are in half precision.
-    """
-    total: Tensor | None = None
-    for z, weight in zip(members, weights, strict=True):
-        if weight:
-            z = _up(z)
-            log_p = torch.log_softmax(z / temperature, class_dim(z)) + math.log(weight)
-            total = log_p if total is None else torch.logaddexp(total, log_p)
-    assert total is not None
-    return temperature * total
 
 
 def _up(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from kd_lightning.outputs import AnyOutputs, Outputs, TopK, classes_last
+from kd_lightning.outputs import AnyOutputs, EnsembleOutputs, Outputs, PeerOutputs, TopK, classes_last, mixed
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
@@ -97,7 +97,21 @@ class Task:
     def arranged(self, outputs: AnyOutputs) -> AnyOutputs: ...
     def arranged(self, outputs: AnyOutputs) -> AnyOutputs:
         """Return a network's or a teacher's outputs with logits in the shape that losses read."""
-        return outputs.with_logits(self.arrange)
+        arranged = outputs.with_logits(self.arrange)
+        # The average of several is another where outputs are no classes, or these were not the last dimension.
+        if isinstance(arranged, EnsembleOutputs | PeerOutputs) and not (self.over_classes and self.class_dim is None):
+            return arranged.averaged(self.average)
+        return arranged
+
+    def average(self, members: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+        """Return one network's outputs for those of several teachers; by default the average of classes' probabilities.
+
+        Raises:
+            ValueError: Where outputs are no logits of classes, and a subclass has no average of its own.
+        """
+        if not self.over_classes:
+            raise ValueError(f"{type(self).__name__} has no average of several teachers' outputs: take one of them")
+        return mixed(members, weights, temperature)
 
     def check(self, target: Any, logits: Tensor) -> None:
         """Raise ValueError for a target that cannot be that of such outputs; with what was expected and what to do.

@@ -13,9 +13,9 @@ from kd_lightning import Distillation, Teacher
 from kd_lightning.callbacks import TemperatureSchedule
 from kd_lightning.losses import DIST, KD, CurriculumTemperature, DeiTHard, HardLabel, Hint, LogitsMSE, kd
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import EnsembleOutputs, Outputs, TopK, classes_last, mixed
+from kd_lightning.outputs import EnsembleOutputs, Outputs, PeerOutputs, TopK, classes_last, mixed
 from kd_lightning.schedules import linear
-from kd_lightning.tasks import Batch, Classification
+from kd_lightning.tasks import Batch, Classification, Embedding, Task
 from kd_lightning.tasks.base import relative_entropy
 from kd_lightning.teachers import Ensemble, FromBatch, Momentum
 from tests.losses.reference import softmax, wave
@@ -122,6 +122,44 @@ def test_all_members_are_frozen_and_move() -> None:
     ensemble.to(torch.device("cpu"), torch.bfloat16)
     assert {p.dtype for t in ensemble.teachers for p in t.network.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for t in ensemble.teachers for p in t.network.parameters())
+
+
+def test_with_the_classes_in_the_second_dimension_it_is_that_of_their_probabilities_too() -> None:
+    one, other = wave((2, 3, 5), 1.3, 0.1), wave((2, 3, 5), 0.4, 0.9)
+    expected = mixed((one, other), (0.5, 0.5))
+    given = EnsembleOutputs.of((one.movedim(-1, 1), other.movedim(-1, 1)), (0.5, 0.5))
+    arranged = Classification(class_dim=1).arranged(given)
+    torch.testing.assert_close(arranged.logits, expected)
+    torch.testing.assert_close(arranged.softened(2.0).logits, mixed((one, other), (0.5, 0.5), 2.0))
+
+
+class Values(Task):
+    """Outputs are values, of which a task says what their average is."""
+
+    over_classes = False
+
+    def average(self, members: Any, weights: Any, temperature: float) -> Tensor:
+        return sum(w * z for w, z in zip(weights, members, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        EnsembleOutputs.of((torch.tensor([[1.0]]), torch.tensor([[4.0]])), (0.5, 0.5)),
+        PeerOutputs({"b": Outputs(torch.tensor([[1.0]])), "c": Outputs(torch.tensor([[4.0]]))}),
+    ],
+)
+def test_what_is_no_class_is_averaged_as_the_task_says_or_refused(given: Any) -> None:
+    """The softmax of a single output is 1: its logits would be 0, whatever the teachers say."""
+    arranged = Values().arranged(given)
+    assert arranged.logits.tolist() == arranged.softened(4.0).logits.tolist() == [[2.5]]
+    with pytest.raises(ValueError, match="Embedding has no average of several teachers' outputs: take one of them"):
+        _ = Embedding().arranged(given).logits
+
+
+def test_one_alone_needs_no_average() -> None:
+    alone = PeerOutputs({"b": Outputs(torch.tensor([[7.0]]))})
+    assert Embedding().arranged(alone).softened(4.0).logits.tolist() == [[7.0]]
 
 
 # Through both front doors.
