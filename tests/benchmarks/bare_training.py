@@ -11,12 +11,13 @@ from inspect import signature
 
 import hydra
 import torch
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kd_lightning.callbacks import HyperparameterSchedule
 from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.data.contract import Data
 from kd_lightning.data.loaders import View
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective
@@ -47,9 +48,8 @@ class Remembered:
 
 
 @torch.no_grad()
-def remember(data: LightningDataModule, teacher: nn.Module) -> Remembered:
+def remember(data: Data, teacher: nn.Module) -> Remembered:
     """Run the teacher once over the training images, in batches of the training's size, on which rounding depends."""
-    data.prepare_data()
     data.setup("fit")
     dataset = data.training_set()
     assert dataset.augment is None, "augmented images are others in each epoch"
@@ -66,6 +66,7 @@ class Job:
         trainings: Of all students, by label, with seed 0; those of variants have the role ``distilled``.
         teachers: The finished teacher, and what it calls assistants, by label.
         data: With the distilled student's training images.
+        task: Says what a good answer is.
     """
 
     def __init__(self, experiment: str | None, overrides: Sequence[str] = ()) -> None:
@@ -84,6 +85,9 @@ class Job:
         self.trainings = {training.label: training for training in job.students}
         distilled = next(training for training in job.students if training.role == "distilled")
         self.data = distilled.make_data()
+        for split in ("fit", "validate", "test"):
+            self.data.setup(split)
+        self.task = distilled.task
         self._remembered: dict[tuple[str, bool], Remembered] = {}
 
     def train(self, training: Training, steps: int | None = None) -> nn.Module:
@@ -113,7 +117,6 @@ def train(
     network = training.network()
     teacher = Teacher(teacher_network())  # here, as it draws from the generator that projectors are drawn from, too
     data = training.make_data()
-    data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
     objective = DistillationObjective(training.losses())
@@ -143,7 +146,7 @@ def train(
     return network
 
 
-def validation_accuracy(network: nn.Module, data: LightningDataModule) -> float:
+def validation_accuracy(network: nn.Module, data: Data) -> float:
     predictions, target = predict(network, data, "validation")
     return float((predictions == target).float().mean())
 
@@ -159,7 +162,7 @@ def _flattened(parameters: list[nn.Parameter]) -> nn.Parameter:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, data: LightningDataModule, split: str) -> tuple[Tensor, Tensor]:
+def predict(network: nn.Module, data: Data, split: str) -> tuple[Tensor, Tensor]:
     """Return the predictions and the labels of the split ``validation`` or ``test``."""
     loader = data.val_dataloader() if split == "validation" else data.test_dataloader()
     pairs = [(network.eval()(images).argmax(-1), target) for images, target in loader]

@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.pipeline.results import Result, Verdict
-from kd_lightning.pipeline.table import print_verdict
+from kd_lightning.pipeline.compare import compare as compared
+from kd_lightning.pipeline.records import Result, Verdict
 from kd_lightning.pipeline.training import Training
-from kd_lightning.pipeline.verdict import make_verdict
+from kd_lightning.report.terminal import print_verdict
 from tests.benchmarks.bare_training import Job, predict, validation_accuracy
 
 
 def compare(experiment: str, overrides: list[str], seeds: list[int], file: Path) -> Verdict:
     """Return the verdict on an experiment."""
     job = Job(experiment, overrides)
-    target = job.data.subset("test").target.numpy()
+    target = torch.cat([y for _, y in job.data.test_dataloader()]).numpy()
     lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
     done = {(line.pop("label"), line.pop("seed"), line.pop("losses")): line for line in lines}
     results = [teacher.result for teacher in job.teachers.values()]
+    digest = results[0].target_digest
     for seed in seeds:  # so that a comparison that is cut off has the same seeds of all
         for label, training in job.trainings.items():
             losses = json.dumps(training.config["losses"])
@@ -38,8 +40,8 @@ def compare(experiment: str, overrides: list[str], seeds: list[int], file: Path)
                 with file.open("a") as out:
                     line = {"label": label, "seed": seed, "losses": losses, **done[label, seed, losses]}
                     out.write(json.dumps(line) + "\n")
-            results.append(_result(training, seed, target, done[label, seed, losses]))
-    return make_verdict(results, {}, reference=job.reference, extra_images=job.data.counts["unlabelled"])
+            results.append(_result(training, seed, target, digest, done[label, seed, losses]))
+    return compared(results, job.task, reference=job.reference, extra=job.data.unlabelled)
 
 
 def trained(job: Job, training: Training) -> dict[str, Any]:
@@ -55,20 +57,19 @@ def trained(job: Job, training: Training) -> dict[str, Any]:
     }
 
 
-def _result(training: Training, seed: int, target: NDArray[np.int64], figures: dict[str, Any]) -> Result:
+def _result(training: Training, seed: int, target: NDArray[np.int64], digest: str, figures: dict[str, Any]) -> Result:
+    answers = np.array([int(digit) for digit in figures["predictions"]])
+    measured = {"val": figures["validation"], "params": figures["parameters"], "teacher_entropy": figures["entropy"]}
     return Result(
         role=training.role,
         label=training.label,
         method=training.method,
         seed=seed,
-        predictions=np.array([int(digit) for digit in figures["predictions"]]),
-        target=target,
-        val_accuracy=figures["validation"],
-        train_seconds=float("nan"),
-        parameters=figures["parameters"],
-        size_mb=float("nan"),
+        answers=answers,
+        scores=(answers == target).astype(np.float64),
+        target_digest=digest,
+        figures={name: value for name, value in measured.items() if value is not None},
         temperature=figures["temperature"],
-        teacher_entropy=figures["entropy"],
     )
 
 
@@ -80,4 +81,4 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
     file = given.results or Path(f"{given.experiment}_compared.jsonl")
-    print_verdict(compare(given.experiment, given.overrides, given.seeds, file), Console(width=100))
+    print_verdict(compare(given.experiment, given.overrides, given.seeds, file), Console(width=80))

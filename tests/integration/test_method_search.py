@@ -43,7 +43,7 @@ def test_the_bare_loop_ends_with_the_weights_of_the_pipeline(job: Job, label: st
     network = job.train(training)
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
     if label == "KD":
-        assert job.entropy(training, 4.0) == pytest.approx(stage.result.teacher_entropy, rel=1e-5)
+        assert job.entropy(training, 4.0) == pytest.approx(stage.result.figures["teacher_entropy"], rel=1e-5)
 
 
 def test_every_method_is_searched_with_its_authors_setting_first_and_within_the_ranges() -> None:
