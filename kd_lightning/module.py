@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 
+from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss
@@ -211,7 +212,7 @@ class DistillationModule(LightningModule):
 
     def _build(self) -> None:
         if not self._built:
-            loader, names = training_loader(self), getattr(self.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+            loader, names = training_loader(self), class_names_of(self.trainer.datamodule)  # type: ignore[attr-defined]
             classes = dry_run(
                 training_batches(self, loader=loader),
                 self.student,

@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from kd_lightning.checkpoint import mismatch
+from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
@@ -384,7 +385,7 @@ class Distillation(Callback):
         target = self._batches.target(batch)
         check_outputs(self.objective, student, teacher, self.task)
         if first.target is not None and need_labels(self.objective):
-            names = getattr(module.trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
+            names = class_names_of(module.trainer.datamodule)  # type: ignore[attr-defined]
             if self.task.gives_logits:
                 check_class_names(names, student.logits)
             self.task.check(first.target, student.logits)

@@ -76,8 +76,7 @@ class Data:
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        names: Sequence[str] | None = self._found("class_names")
-        return names
+        return class_names_of(self.module)
 
     @property
     def mean(self) -> Sequence[float]:
@@ -172,6 +171,12 @@ class Data:
     def _found(self, name: str, default: Any = None) -> Any:
         value = getattr(self.module, name, None)
         return default if value is None else value
+
+
+def class_names_of(module: Any) -> Sequence[str] | None:
+    """Return the names that a data module has for the classes; None where it names none, or is None."""
+    names: Sequence[str] | None = getattr(module, "class_names", None)
+    return names
 
 
 def make_data(make: Callable[..., LightningDataModule], role: str, seed: int) -> Data:

@@ -74,14 +74,13 @@ def check_can_be_rewrapped(loader: Any) -> None:
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         got = f"an iterable data set, {type(loader.dataset).__name__}"
     elif type(loader) is not DataLoader:
-        got = f"a {type(loader).__name__}"
+        got = type(loader).__name__
     elif type(loader.batch_sampler) is not BatchSampler:
-        got = f"batches that {type(loader.batch_sampler).__name__ if loader.batch_sampler else 'the data set'} makes"
+        by = "the data set" if loader.batch_sampler is None else type(loader.batch_sampler).__name__
+        got = f"batches that {by} makes"
     else:
         return
-    raise ValueError(
-        f"expected a training loader that asks its data set for one sample at a time, got {got}: {_REMEDY}"
-    )
+    raise ValueError(f"expected a training loader that asks its data set for samples by number, got {got}: {_REMEDY}")
 
 
 def collate_inside(collate: Callable[[Any], Any], fetched: Any) -> Any:

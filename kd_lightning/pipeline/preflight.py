@@ -177,6 +177,7 @@ def _check_evaluation(training: Training, module: DistillationModule, batches: S
             outputs = task.arranged(dry_forward("student", module.student, few.args, few.kwargs, ()))
             if batch.target is not None:
                 task.check(batch.target, outputs.logits)
+            task.check_dimensions(outputs.logits, batch.target)
         with training.errors("task"):
             width = classes_of(outputs)
             task.check_arguments(width)
