@@ -38,6 +38,7 @@ from kd_lightning.tracking.runs import is_rank_zero
 from kd_lightning.tracking.store import check_store
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
+_NOT_CHOSEN = ("hard_label", {"weight": 1.0})  # what config.yaml sets of a loss that the defaults list did not take
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 _terminated = False
@@ -367,11 +368,18 @@ def _as_override(value: Any) -> str:
 
 
 def _whole(config: DictConfig) -> dict[str, Any]:
-    """Return all of a configuration, interpolations resolved; a scheduler may be left out."""
+    """Return all of a configuration, interpolations resolved; a scheduler may be left out.
+
+    Without what config.yaml says of the labels' own loss where teacher and student learn from another one.
+    """
     resolved = _plain(config)
     for part in (resolved, resolved.get("teacher")):
         if isinstance(part, dict):
             part.setdefault("scheduler", None)
+    for role in ("teacher", "student"):
+        part = resolved.get(role)
+        if isinstance(part, dict) and isinstance(part.get("losses"), dict):
+            part["losses"] = dict(loss for loss in part["losses"].items() if loss != _NOT_CHOSEN)
     return resolved
 
 

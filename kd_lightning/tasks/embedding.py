@@ -39,8 +39,7 @@ class Embedding(Task):
         if neighbours < 1:
             raise ValueError(f"expected neighbours of 1 or more, got {neighbours}: 10 are usual")
         self.neighbours = neighbours
-        name = f"recall@{neighbours} of the teacher's neighbours"
-        self.headline = Headline(name=name, key=f"recall_at_{neighbours}", units=units)
+        self.headline = Headline(name=f"neighbour recall@{neighbours}", key=f"recall_at_{neighbours}", units=units)
 
     def target_of(self, target: Any) -> Any:
         """Return class indices of any integer type as int64; anything else as it is."""

@@ -35,7 +35,7 @@ class TinyData(LightningDataModule):
 
 
 def make_trainer(**options: Any) -> Any:
-    return trainer(max_epochs=2, **{**options, "enable_checkpointing": True})
+    return trainer(**{"max_epochs": 2, **options, "enable_checkpointing": True})
 
 
 def training(role: str = "student", seed: int = 0, **changes: Any) -> Training:

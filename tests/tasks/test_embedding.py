@@ -1,6 +1,11 @@
 """Embeddings: neighbours against scikit-learn, and trainings through both front doors."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +111,32 @@ def test_what_is_logged_is_the_recall_over_the_whole_split_and_not_over_its_batc
         of_batches = [Embedding().agreement(student(x), teacher(x)).mean() for x in inputs.split(16)]
     assert logged == {"val/recall_at_10": pytest.approx(expected, abs=1e-6)}
     assert abs(sum(of_batches) / 4 - expected) > 0.2
+
+
+SCRIPT = """
+import json, sys
+import tests.tasks.test_embedding as t
+
+fit = t.trainer(devices=2, strategy="ddp")
+(logged,) = fit.validate(t.untaught(), t.loader())
+json.dump(logged, open(f"{sys.argv[1]}/rank{fit.global_rank}.json", "w"))
+"""
+
+
+def untaught() -> DistillationModule:
+    return DistillationModule(network(3), network(8, seed=1), {"cosine": Cosine()}, sgd, task=Embedding())
+
+
+@pytest.mark.integration
+def test_two_processes_log_the_recall_over_both_their_halves(tmp_path: Path) -> None:
+    script = tmp_path / "validate.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=180, env=environment, cwd=tmp_path)
+    (one,) = trainer().validate(untaught(), loader())
+    for rank in (0, 1):
+        logged = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert logged["val/recall_at_10"] == pytest.approx(one["val/recall_at_10"], abs=1e-6)
 
 
 @pytest.mark.parametrize("labels", [True, False])
