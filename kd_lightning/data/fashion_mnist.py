@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kd_lightning.data.download import cache_folder, check, download
 from kd_lightning.data.fashion_mnist_files import Arrays, read_packaged, read_whole_set
 from kd_lightning.data.image_data import ImageData, draw
 from kd_lightning.data.in_memory import InMemory
-from kd_lightning.tasks.batch import IGNORE_INDEX
+from kd_lightning.data.split_data import SplitData, check_counts
 
 
-class FashionMNIST(ImageData):
+class FashionMNIST(SplitData, ImageData):
     """28×28 grey images of ten kinds of clothes, divided among teacher and student.
 
     The teacher's images are the first of the training images, the student's pool those after them. The labelled and
@@ -84,9 +83,7 @@ class FashionMNIST(ImageData):
         wrong = [c for c in exclude_classes if c not in range(self.num_classes)]
         if wrong:
             raise ValueError(f"expected exclude_classes among 0 to {self.num_classes - 1}, got {wrong}")
-        for name, value in (("teacher_images", teacher_images), ("labelled", labelled), ("unlabelled", unlabelled)):
-            if value < 0:
-                raise ValueError(f"expected {name} of 0 or more, got {value}")
+        check_counts(teacher_images=teacher_images, labelled=labelled, unlabelled=unlabelled)
         self.teacher_images, self.labelled, self.unlabelled = teacher_images, labelled, unlabelled
         self.exclude_classes, self.share_images = tuple(exclude_classes), share_images
         self.folder, self.whole = folder, whole or folder is not None
@@ -109,23 +106,13 @@ class FashionMNIST(ImageData):
         pool = pool[~np.isin(labels[pool], self.exclude_classes)]
         remedy = "ask for fewer labelled + unlabelled" + ("" if self.whole else ", or take the whole set (whole=True)")
         labelled, unlabelled = draw(pool, [self.labelled, self.unlabelled], self.split_seed, remedy)
-        without_labels = self._subset(arrays, "train", unlabelled)
-        without_labels.target.fill_(IGNORE_INDEX)
         return {
             "teacher": self._subset(arrays, "train", teacher),
             "labelled": self._subset(arrays, "train", labelled),
-            "unlabelled": without_labels,
+            "unlabelled": self._subset(arrays, "train", unlabelled).without_labels(),
             "validation": self._subset(arrays, "val"),
             "test": self._subset(arrays, "test"),
         }
-
-    def training_set(self) -> InMemory:
-        labelled: InMemory = self.subset("teacher" if self.role == "teacher" else "labelled")
-        if self.role in ("teacher", "student"):
-            return labelled
-        parts = labelled, self.subset("unlabelled")
-        images, target = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "target"))
-        return InMemory(images, target, self.mean, self.std)
 
     def _subset(self, arrays: Arrays, split: str, samples: slice | NDArray[np.int64] = slice(None)) -> InMemory:
         images, labels = arrays[f"{split}_images"][samples], arrays[f"{split}_labels"][samples]

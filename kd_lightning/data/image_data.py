@@ -26,7 +26,9 @@ class ImageData(RoleData):
     std: Sequence[float]
 
 
-def draw(pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str) -> list[NDArray[np.int64]]:
+def draw(
+    pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str, of: str = "images"
+) -> list[NDArray[np.int64]]:
     """Draw disjoint subsets at random; under the same seed, a larger first one holds the smaller one.
 
     Raises:
@@ -35,6 +37,6 @@ def draw(pool: NDArray[np.int64], sizes: Sequence[int], seed: int, remedy: str) 
     if seed < 0:
         raise ValueError(f"expected split_seed of 0 or more, got {seed}")
     if min(sizes) < 0 or sum(sizes) > len(pool):
-        raise ValueError(f"expected up to {len(pool)} images, got {' + '.join(map(str, sizes))}: {remedy}")
+        raise ValueError(f"expected up to {len(pool)} {of}, got {' + '.join(map(str, sizes))}: {remedy}")
     order = np.random.default_rng(seed).permutation(pool)
     return np.split(order, np.cumsum(sizes))[: len(sizes)]

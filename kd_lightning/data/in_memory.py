@@ -1,6 +1,7 @@
 """Images that fit into memory: a batch is one indexing."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from kd_lightning.data.loaders import View, mixed
+from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
 class CropAndFlip:
@@ -49,7 +51,7 @@ def crop_and_flip(images: Tensor, padding: int, corners: Tensor, mirror: Tensor)
 class InMemory(Dataset[tuple[Tensor, Tensor]]):
     """Images as bytes and their targets; a batch comes as float32, each channel with ``mean`` 0 and ``std`` 1.
 
-    Shape: images (N, C, H, W) of uint8, target (N,).
+    Shape: images (N, C, H, W) of uint8, target (N, ...): whole numbers of any type, which become int64, or float32.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
         std: Sequence[float],
         augment: CropAndFlip | None = None,
     ) -> None:
-        self.images, self.target = torch.as_tensor(images), torch.as_tensor(target).long()
+        self.images, self.target = torch.as_tensor(images), as_target(target)
         self.mean, self.std = (255 * torch.tensor(value)[:, None, None] for value in (mean, std))
         self.augment = augment
 
@@ -83,3 +85,27 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
         """Return all that a fingerprint depends on."""
         augmented = b"" if self.augment is None else f"crop and flip, {self.augment.padding}".encode()
         return self.images.numpy().tobytes() + self.target.numpy().tobytes() + augmented
+
+    def joined(self, other: "InMemory") -> "InMemory":
+        """Return the samples of both, with this one's normalisation and without augmentation."""
+        both = copy(self)
+        both.images, both.target = torch.cat([self.images, other.images]), torch.cat([self.target, other.target])
+        both.augment = None
+        return both
+
+    def without_labels(self) -> "InMemory":
+        """Return the same samples with targets that say that there is no label."""
+        bare = copy(self)
+        bare.target = no_labels(self.target)
+        return bare
+
+
+def as_target(target: NDArray[Any] | Tensor) -> Tensor:
+    """Return classes and labels as int64, values as float32."""
+    given = torch.as_tensor(target)
+    return given.float() if given.is_floating_point() else given.long()
+
+
+def no_labels(target: Tensor) -> Tensor:
+    """Return the target of as many samples without label: -100 for classes and labels, NaN for values."""
+    return torch.full_like(target, torch.nan if target.is_floating_point() else IGNORE_INDEX)

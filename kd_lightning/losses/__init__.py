@@ -4,6 +4,7 @@ from kd_lightning.losses.ab import AB, activation_boundary
 from kd_lightning.losses.abkd import ABKD, alpha_beta_divergence
 from kd_lightning.losses.at import AT, attention_transfer
 from kd_lightning.losses.base import DistillationLoss, FeatureLoss, LayersLoss, LogitLoss
+from kd_lightning.losses.bce import BCE, bce
 from kd_lightning.losses.cat_kd import CATKD, class_attention_transfer
 from kd_lightning.losses.cc import CC, correlation_congruence
 from kd_lightning.losses.cosine import Cosine, cosine
@@ -22,6 +23,7 @@ from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
 from kd_lightning.losses.jensen_shannon import JensenShannon, jensen_shannon
 from kd_lightning.losses.kd import KD, kd
+from kd_lightning.losses.label_regression import LabelRegression, label_regression
 from kd_lightning.losses.logits_mse import LogitsMSE, logits_mse
 from kd_lightning.losses.mgd import MGD, mgd
 from kd_lightning.losses.mlkd import MLKD, batch_correlation, class_correlation
@@ -33,11 +35,15 @@ from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.rld import RLD, rld
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
+from kd_lightning.losses.sigmoid_hard import SigmoidHard, sigmoid_hard
+from kd_lightning.losses.sigmoid_kd import SigmoidKD, sigmoid_kd
 from kd_lightning.losses.simkd import SimKD
 from kd_lightning.losses.skewed_kl import SkewedForwardKL, SkewedReverseKL, skewed_forward_kl, skewed_reverse_kl
 from kd_lightning.losses.sp import SP, similarity_preserving
 from kd_lightning.losses.standardize import standardize_logits
 from kd_lightning.losses.supcon import SupCon, supervised_contrastive
+from kd_lightning.losses.teacher_bounded import TeacherBounded, teacher_bounded
+from kd_lightning.losses.teacher_regression import TeacherRegression, teacher_regression
 from kd_lightning.losses.top_k_kl import TopKKL, missing_mass, top_k_kl
 from kd_lightning.losses.total_variation import TotalVariation, total_variation
 from kd_lightning.losses.ttm import TTM, ttm
@@ -50,6 +56,7 @@ __all__ = [
     "AB",
     "ABKD",
     "AT",
+    "BCE",
     "CATKD",
     "CC",
     "CRD",
@@ -81,16 +88,21 @@ __all__ = [
     "HardLabel",
     "Hint",
     "JensenShannon",
+    "LabelRegression",
     "LayersLoss",
     "LogitLoss",
     "LogitsMSE",
     "ReverseKL",
     "ReviewKD",
+    "SigmoidHard",
+    "SigmoidKD",
     "SimKD",
     "SkewedForwardKL",
     "SkewedReverseKL",
     "SupCon",
     "SymmetricKL",
+    "TeacherBounded",
+    "TeacherRegression",
     "TopKKL",
     "TotalVariation",
     "WKDFeatures",
@@ -99,6 +111,7 @@ __all__ = [
     "alpha_beta_divergence",
     "attention_transfer",
     "batch_correlation",
+    "bce",
     "class_attention_transfer",
     "class_correlation",
     "correlation_congruence",
@@ -120,6 +133,7 @@ __all__ = [
     "hint",
     "jensen_shannon",
     "kd",
+    "label_regression",
     "logits_mse",
     "mgd",
     "missing_mass",
@@ -131,6 +145,8 @@ __all__ = [
     "rkd_angle",
     "rkd_distance",
     "rld",
+    "sigmoid_hard",
+    "sigmoid_kd",
     "similarity_preserving",
     "skewed_forward_kl",
     "skewed_reverse_kl",
@@ -138,6 +154,8 @@ __all__ = [
     "standardize_logits",
     "supervised_contrastive",
     "symmetric_kl",
+    "teacher_bounded",
+    "teacher_regression",
     "top_k_kl",
     "total_variation",
     "ttm",

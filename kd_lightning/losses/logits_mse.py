@@ -37,7 +37,9 @@ class LogitsMSE(LogitLoss):
         standardize: See :class:`~kd_lightning.losses.LogitLoss`.
     """
 
-    over_classes = False
+    def __init__(self, weight: float = 1.0, standardize: bool = False) -> None:
+        super().__init__(weight, standardize)
+        self.over_classes = standardize  # which takes the logits of a sample for comparable ones
 
     def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
         return logits_mse(*self.logits(student, teacher), padding(student.logits, target))

@@ -69,11 +69,12 @@ def check_teacher_score(
     if count < _TOO_FEW_TO_JUDGE:
         return
     if nothing is not None and task.is_no_better(found, nothing):
+        sigmoid = ", or does it end in a sigmoid, as all outputs lie between 0 and 1" if within_one else ""
         raise ValueError(
             f"the teacher is at chance on this loader: {headline.name} {value} on {count} {headline.units}, "
             f"expected well {'above' if headline.higher_is_better else 'below'} {headline.write(nothing)}: is the "
             "normalisation another than in its training, is the order of the classes, or were its weights never "
-            "loaded? check_teacher=False (teacher.check=false on the command line) trains on it all the same"
+            f"loaded{sigmoid}? check_teacher=False (teacher.check=false on the command line) trains on it all the same"
         )
     if within_one:
         raise ValueError(

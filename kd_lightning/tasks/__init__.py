@@ -6,6 +6,9 @@ from kd_lightning.tasks.classification import Classification, or_classification
 from kd_lightning.tasks.embedding import Embedding
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
+from kd_lightning.tasks.multilabel import MultiLabel
+from kd_lightning.tasks.regression import Regression
+from kd_lightning.tasks.segmentation import Segmentation
 from kd_lightning.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -15,6 +18,9 @@ __all__ = [
     "Headline",
     "HeadlineMetric",
     "Identified",
+    "MultiLabel",
+    "Regression",
+    "Segmentation",
     "Task",
     "Taught",
     "TokenClassification",

@@ -1,12 +1,9 @@
 """A class for each token."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import MetricCollection
@@ -17,6 +14,7 @@ from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.classification import Classification
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
+from kd_lightning.tasks.of_counts import macro_f1
 
 _CLASSES_OF_BYTES = 256
 
@@ -108,16 +106,6 @@ class TokenClassification(Classification):
                 "for each sample is task=Classification(), one for each pixel task=Segmentation()"
             )
         super().check(target, logits)
-
-
-def macro_f1(mean: NDArray[np.float64]) -> float:
-    """Return the mean over classes of 2·TP / (given by target + given by answer), of classes that are given at all.
-
-    Shape: (C, 2), as :meth:`TokenClassification.scores` has it for each passage; sums or means.
-    """
-    right, given = mean[:, 0], mean[:, 1]
-    some = given > 0
-    return float((2 * right[some] / given[some]).mean()) if some.any() else math.nan
 
 
 def _classes(outputs: AnyOutputs) -> int:

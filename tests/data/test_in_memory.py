@@ -41,7 +41,7 @@ def test_an_epoch_and_a_seed_have_augmentations_of_their_own():
 def test_images_are_floats_of_mean_0_and_deviation_1():
     given = images()
     mean, std = ((given / 255.0).mean((0, 2, 3)).tolist(), (given / 255.0).std((0, 2, 3)).tolist())
-    dataset = InMemory(given, torch.zeros(200), mean, std)
+    dataset = InMemory(given, torch.zeros(200, dtype=torch.uint8), mean, std)
     batch, target = dataset.__getitems__(list(range(200)))
     assert batch.dtype == torch.float32
     assert target.dtype == torch.int64
@@ -49,3 +49,22 @@ def test_images_are_floats_of_mean_0_and_deviation_1():
     torch.testing.assert_close(batch.std((0, 2, 3)), torch.ones(3), atol=1e-5, rtol=0)
     assert torch.equal(dataset[7][0], batch[7])
     assert torch.equal(dataset[View(7, 3)][0], batch[7])
+
+
+def test_whole_numbers_become_int64_and_values_stay_values():
+    labels = InMemory(images(), torch.zeros(200, 3, dtype=torch.bool), (0.5,), (0.5,))
+    values = InMemory(images(), torch.rand(200, 3, dtype=torch.float64), (0.5,), (0.5,))
+    assert (labels.target.dtype, values.target.dtype) == (torch.int64, torch.float32)
+    assert labels.without_labels().target.unique().tolist() == [-100]
+    assert values.without_labels().target.isnan().all()
+    assert not values.target.isnan().any()
+
+
+def test_two_sets_together_have_the_samples_of_both_and_no_augmentation():
+    one, other = (
+        InMemory(images(count), torch.arange(count), (0.5,), (0.25,), CropAndFlip(count, 0)) for count in (5, 3)
+    )
+    both = one.joined(other)
+    assert both.target.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert torch.equal(both[View(6, 2)][0], other[1][0])
+    assert one.augment is not None

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     teacher_classes: int = CLASSES
     labelled_classes: int = CLASSES
     """How many classes the labels are of; of fewer than samples where a loss compares samples of one class."""
+    target: str = "classes"  # or "labels" (several a sample), or "values"
 
 
 def curriculum(inner: Callable[[], DistillationLoss], **options: Any) -> losses.CurriculumTemperature:
@@ -70,6 +71,16 @@ ON_LOGITS = {
     "ttm": losses.TTM,
     "uld": losses.ULD,
     "wkd_logits": partial(losses.WKDLogits, "fc"),
+}
+ON_LABELS = {
+    "bce": losses.BCE,
+    "sigmoid_hard": losses.SigmoidHard,
+    "sigmoid_kd": losses.SigmoidKD,
+}
+ON_VALUES = {
+    "label_regression": losses.LabelRegression,
+    "teacher_bounded": losses.TeacherBounded,
+    "teacher_regression": losses.TeacherRegression,
 }
 ON_FEATURES = {
     "ab": partial(losses.AB, ["early", "late"]),
@@ -122,6 +133,14 @@ CASES = {
         for name, make in ON_LOGITS.items()
         if isinstance(make(), LogitLoss)
     },
+    **{f"{name}-{kind}": Case(make, kind, target="labels") for name, make in ON_LABELS.items() for kind in LOGITS},
+    **{name: Case(make, target="values") for name, make in ON_VALUES.items()},
+    **{
+        f"{name}-{form}": Case(partial(ON_VALUES[name], form), target="values")
+        for name in ("label_regression", "teacher_regression")
+        for form in ("l1", "huber")
+    },
+    "teacher_bounded-margin": Case(partial(losses.TeacherBounded, 5.0), target="values"),
     **{name: Case(make) for name, make in {**VARIANTS, **ON_FEATURES}.items()},
     "cwd-dense": Case(losses.CWD, "dense"),
     "supcon": Case(losses.SupCon, labelled_classes=2),
@@ -190,13 +209,25 @@ def outputs(case: Case, role: int, batch: int = BATCH) -> Outputs:
 
 
 def labels(case: Case, batch: int = BATCH) -> Tensor:
-    """A class for each sample, token or pixel; the last has none, unless it is the only one."""
+    """A class for each sample, token or pixel; the last has none, unless it is the only one. Or each logit's own."""
     logits = outputs(case, STUDENT, batch).logits
+    if case.target == "values":
+        values = torch.arange(logits.numel()).cos().reshape(logits.shape)
+        values[-1, -1] = torch.nan
+        return values
+    if case.target == "labels":
+        own = (torch.arange(logits.numel()) % 3 == 0).long().reshape(logits.shape)
+        own.view(-1)[-1] = -100
+        return own
     shape = logits.movedim(1, -1).shape[:-1] if case.logits == "dense" else logits.shape[:-1]
     target = (torch.arange(shape.numel()) % case.labelled_classes).reshape(shape)
     if shape.numel() > 1:
         target.view(-1)[-1] = -100
     return target
+
+
+def unlabelled(case: Case) -> Tensor:
+    return torch.full_like(labels(case), torch.nan if case.target == "values" else -100)
 
 
 def mapped(function: Callable[[Tensor], Tensor], given: Outputs) -> Outputs:
@@ -374,7 +405,7 @@ def test_a_batch_of_one_is_enough_or_refused(case: Case) -> None:
 
 @every_shape
 def test_a_batch_without_labels(case: Case) -> None:
-    for target in (torch.full_like(labels(case), -100), None):
+    for target in (unlabelled(case), None):
         objective = built(case)
         student, teacher = leaves(outputs(case, STUDENT)), outputs(case, TEACHER)
         total = value(objective, student, teacher, target)
@@ -397,6 +428,7 @@ def test_probabilities_as_target_are_taken_or_refused(case: Case) -> None:
     target = outputs(case, STUDENT).logits.softmax(1 if case.logits == "dense" else -1)
     objective = built(case)
     refuses = loss_of(objective).needs_labels and not isinstance(loss_of(objective), losses.HardLabel)
+    refuses = refuses and case.target == "classes"
     message = "expected class indices as target, got probabilities"
     with pytest.raises(ValueError, match=message) if refuses else nullcontext():
         assert_trains(objective, outputs(case, STUDENT), outputs(case, TEACHER), target)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import kd_lightning.models
-from kd_lightning.models import CNN8, CNN64, MLP32, CIFARResNet, resnet8x4, resnet32x4
+from kd_lightning.models import CNN8, CNN64, MLP32, CIFARResNet, TabularMLP, UNet, resnet8x4, resnet32x4
 from kd_lightning.outputs import run
 
 CONF = Path(__file__).parents[2] / "conf" / "models"
@@ -18,6 +18,7 @@ NETWORKS = {
     "mlp32": (MLP32, (1, 28, 28)),
     "cnn64": (CNN64, (1, 28, 28)),
     "resnet8x4": (resnet8x4, (3, 32, 32)),
+    "tabular": (lambda num_classes: TabularMLP(num_classes, widths=[8, 4]), (10,)),
     "resnet20": (lambda num_classes: CIFARResNet(20, (16, 16, 32, 64), num_classes), (3, 32, 32)),
 }
 
@@ -40,6 +41,8 @@ def test_the_small_networks_are_as_small_as_they_say():
     assert parameters(CNN8()) == 6_218
     assert parameters(MLP32()) == 25_450
     assert parameters(CNN64()) == 107_978
+    assert parameters(UNet(width=12)) == 136_781
+    assert parameters(UNet(width=6, depth=2)) == 8_309
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -110,16 +113,56 @@ def test_a_depth_that_no_such_network_has_is_refused(depth: int):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_makes_a_network_with_its_number_of_classes(name: str):
     config: Any = OmegaConf.load(CONF / f"{name}.yaml")
-    for num_classes in (config.num_classes, 7):
-        network = instantiate(config, num_classes=num_classes, _convert_="all").eval()
-        if "tagger" in name:
-            assert network(torch.zeros(1, 20, 12).long()).shape == (1, 20, num_classes)
+    number = "outputs" if name.startswith("tabular") else "num_classes"
+    for classes in (config[number], 7):
+        network = instantiate(config, **{number: classes}, _convert_="all").eval()
+        if name.startswith("tagger"):
+            assert network(torch.zeros(1, 20, 12).long()).shape == (1, 20, classes)
+        elif name.startswith("unet"):
+            assert network(torch.zeros(1, 1, 32, 32)).shape == (1, classes, 32, 32)
+        elif name.startswith("tabular"):
+            assert network(torch.zeros(1, 10)).shape == (1, classes)
         else:
             size = (3, 32, 32) if "resnet" in name else (1, 28, 28)
-            assert network(torch.zeros(1, *size)).shape == (1, num_classes)
+            assert network(torch.zeros(1, *size)).shape == (1, classes)
 
 
 def test_each_network_has_a_config():
     targets = {OmegaConf.load(CONF / f"{name}.yaml")._target_ for name in CONFIGS}
     named = set(kd_lightning.models.__all__) - {"CIFARResNet"}  # which the two resnets are
     assert targets == {f"kd_lightning.models.{name}" for name in named}
+
+
+def test_a_unet_gives_a_class_at_each_pixel_of_images_of_any_size_that_it_can_halve():
+    network = UNet(num_classes=3, in_channels=2, width=4, depth=2).eval()
+    layers = ("down.0", "down.1", "down.2", "up.0", "up.1")
+    features = run(network, (torch.randn(2, 2, 16, 24),), {}, layers=layers).features
+    assert {name: tuple(x.shape[1:]) for name, x in features.items()} == {
+        "down.0": (4, 16, 24),
+        "down.1": (8, 8, 12),
+        "down.2": (16, 4, 6),
+        "up.0": (8, 8, 12),
+        "up.1": (4, 16, 24),
+    }
+    assert network(torch.zeros(1, 2, 8, 8)).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="expected width and depth of 1 or more, got 4 and 0"):
+        UNet(width=4, depth=0)
+
+
+def test_a_unets_first_layer_reaches_its_output_without_the_way_down():
+    network = UNet(width=4, depth=2).eval()
+    images = torch.randn(1, 1, 16, 16)
+    before = network(images)
+    with torch.no_grad():
+        for block in network.down[1:]:
+            block[0].weight.zero_()
+    assert not torch.allclose(network(images), network(torch.zeros_like(images)))
+    assert not torch.allclose(network(images), before)
+
+
+def test_a_tabular_mlps_layers_are_as_wide_as_asked_for():
+    features = run(TabularMLP(2, 10, [8, 3]), (torch.randn(5, 10),), {}, layers=("hidden.0", "hidden.1")).features
+    assert {name: tuple(x.shape) for name, x in features.items()} == {"hidden.0": (5, 8), "hidden.1": (5, 3)}
+    for widths in ([], [4, 0]):
+        with pytest.raises(ValueError, match="expected widths of one or more hidden layers, 1 or more each, got"):
+            TabularMLP(widths=widths)
