@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.selection import describe
+
 TOP_K_REMEDY = "take kd, forward_kl, top_k_kl or deit_hard, without standardize, or a teacher that gives its logits"
 
 
@@ -285,7 +287,7 @@ def logits_of(output: Any) -> Tensor:
         return logits
     raise TypeError(
         f"expected the network to return its logits as a tensor, or an object with .logits, got "
-        f"{type(output).__name__}: wrap the network in a module whose forward returns the logits"
+        f"{describe(output)}: wrap the network in a module whose forward returns the logits"
     )
 
 

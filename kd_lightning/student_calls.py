@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.outputs import capture, find_layer, logits_of
+from kd_lightning.logits_place import LogitsPlace
+from kd_lightning.outputs import capture, find_layer
 
 
 @dataclass
@@ -18,13 +19,20 @@ class Seen:
     inputs: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    read: Callable[[Any], Tensor] | None = None
+    """Takes the logits out of one of :attr:`outputs`."""
     problem: str = ""
     """What is missing, and the remedy; empty where nothing is."""
 
     @property
     def logits(self) -> Tensor:
-        """Those of the first forward pass."""
-        return logits_of(self.outputs[0])
+        """Those of the first forward pass.
+
+        Raises:
+            ValueError: When they are not in what the student returned.
+        """
+        assert self.read is not None
+        return self.read(self.outputs[0])
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,12 @@ class StudentCalls:
 
     Args:
         student: Name of the student in the module; empty for the module itself.
-        logits: Name of the layer, relative to the student, that gives the logits; None for the student's output.
+        logits: Where the logits are; layers are named relative to the student.
         inputs: Whether the student's inputs are wanted: it has to run as a whole then.
     """
 
     student: str = ""
-    logits: str | None = None
+    logits: LogitsPlace = field(default_factory=LogitsPlace)
     inputs: bool = True
 
     def student_of(self, module: nn.Module) -> nn.Module:
@@ -54,12 +62,13 @@ class StudentCalls:
             once: Raise RuntimeError when the student runs a second time, and tell in ``problem`` when it did not run.
         """
         student = self.student_of(module)
-        source = student if self.logits is None else find_layer(student, self.logits)
+        layer = self.logits.layer_in(student)
+        source = student if layer is None else find_layer(student, layer)
         whole = (
             f"the student ({self.student!r})" if self.student else f"the student (the {type(module).__name__} itself)"
         )
-        giver = whole if self.logits is None else f"the layer {self.logits!r}, named by logits=,"
-        seen = Seen()
+        giver = whole if layer is None else f"the layer {layer!r}, named by logits=,"
+        seen = Seen(read=lambda output: self.logits.read(output, student))
 
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
             # Ahead of the layers' hooks, which could only tell that a layer ran twice.
@@ -74,10 +83,21 @@ class StudentCalls:
                 raise RuntimeError(seen.problem)
             seen.outputs.append(output)
 
+        def compare(_module: nn.Module, _args: Any, output: Any) -> None:
+            if not seen.outputs:
+                return
+            try:
+                self.logits.check_unambiguous(output, seen.outputs[-1])
+            except ValueError as error:
+                seen.problem = str(error)
+                raise
+
         with ExitStack() as hooks:
             if self.inputs:
                 hooks.enter_context(student.register_forward_pre_hook(_eager(before), with_kwargs=True))
             hooks.enter_context(source.register_forward_hook(_eager(after)))
+            if once and layer is not None:
+                hooks.enter_context(student.register_forward_hook(_eager(compare)))
             with capture(student, layers) as features:
                 seen.features = features
                 yield seen

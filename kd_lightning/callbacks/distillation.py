@@ -1,8 +1,8 @@
 """The second front door: distillation for a LightningModule that stays as it is."""
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from kd_lightning.checkpoint import mismatch
 from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
+from kd_lightning.logits_place import LogitsPlace
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
@@ -40,10 +41,11 @@ from kd_lightning.preflight import (
 from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
+from kd_lightning.selection import Selector
 from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
-from kd_lightning.teachers import Teacher, TeacherSource
+from kd_lightning.teachers import Ensemble, Momentum, Teacher, TeacherSource
 from kd_lightning.teachers.base import peers_of
 from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement, log_terms, logs_this_step
 
@@ -68,8 +70,11 @@ class Distillation(Callback):
         teacher: Gets the very arguments that the student gets.
         losses: By name, such as ``{"kd": KD(temperature=4.0)}``. Layers are named relative to the student.
         student: Name of the student in the module; the module itself, by its ``forward``, unless given.
-        logits: Name of the layer, relative to the student, whose output are the logits; the student's output unless
-            given. For a module whose ``forward`` returns something else, or that calls it never or several times.
+        logits: Where the student's logits are: the name of a layer, relative to the student (for a module that calls
+            only parts of it); or else a key, an attribute or an index of its output, or a function of it, such as
+            ``lambda output: output.prediction``. Its output, or ``.logits`` of that, unless given. Where one word
+            names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``.
+        teacher_logits: The same for the teacher, or each teacher of an ensemble.
         teacher_inputs: Makes the teacher's arguments from a batch: a tensor, a tuple of positional or a mapping of
             keyword arguments. Needed where ``training_step`` never calls the student as a whole.
         target: Makes the target from a batch; its second part, or ``labels``, as the task reads it unless given.
@@ -93,7 +98,8 @@ class Distillation(Callback):
         teacher: TeacherSource | nn.Module,
         losses: Mapping[str, DistillationLoss],
         student: str = "",
-        logits: str | None = None,
+        logits: Selector | None = None,
+        teacher_logits: Selector | None = None,
         teacher_inputs: Callable[[Any], Any] | None = None,
         target: Callable[[Any], Tensor | None] | None = None,
         task_weight: float = 1.0,
@@ -111,7 +117,8 @@ class Distillation(Callback):
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
         self._batches = _Batches(self.task, teacher_inputs, target, labels_needed, self._unwrap)
-        self._calls = StudentCalls(student, logits, inputs=teacher_inputs is None)
+        self._calls = StudentCalls(student, LogitsPlace(logits), inputs=teacher_inputs is None)
+        self._teacher_logits = LogitsPlace(teacher_logits, "teacher_logits")
         self._undo = ExitStack()
         self._rehearsal: Rehearsal | None = None
         self._pending: _Step | None = None
@@ -121,10 +128,16 @@ class Distillation(Callback):
         self._resumption = Resumption()
         self._divergence = Divergence()
         check_parts(self.teacher, self.objective)
-        if self.teacher.copies_student and logits is not None:
+        if self.teacher.copies_student:
+            if teacher_logits is not None:
+                raise ValueError(
+                    f"the teacher is a copy of the student, {type(self.teacher).__name__}, expected its logits where "
+                    "the student's are: leave teacher_logits= out"
+                )
+            self._teacher_logits = self._calls.logits
+        elif teacher_logits is not None and not _running(self.teacher):
             raise ValueError(
-                f"{type(self.teacher).__name__} calls a copy of the student, whose output are the logits, got "
-                f"logits={logits!r}: name as student= a network that returns them"
+                f"teacher_logits= is for a teacher whose network runs, got {type(self.teacher).__name__}: leave it out"
             )
         changing = list(self.objective.changing_losses)
         if changing:
@@ -196,7 +209,8 @@ class Distillation(Callback):
             read: Callable[[Any], Batch] = self._batches.read
             if self._calls.inputs:
                 read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrap)
-            check_teacher_score(pl_module, self.teacher, self.task, read)
+            with self._read_teacher():
+                check_teacher_score(pl_module, self.teacher, self.task, read)
         self._rehearsal = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +246,8 @@ class Distillation(Callback):
         student = self.task.arranged(Outputs(seen.logits, seen.features, unwrapped.samples))
         teacher = None
         if self.objective.needs_teacher:
-            teacher = self.teacher(self._batch_of_teacher(unwrapped, seen), self.objective.teacher_layers)
+            with self._read_teacher():
+                teacher = self.teacher(self._batch_of_teacher(unwrapped, seen), self.objective.teacher_layers)
             teacher = self.task.arranged(teacher)
         total: Tensor
         total, terms = self.objective(student, teacher, self._batches.target(unwrapped.batch))
@@ -313,7 +328,7 @@ class Distillation(Callback):
         of_teacher = self._batch_of_teacher(unwrapped, seen)
         if not self.teacher.can_teach(of_teacher):
             return
-        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), module.trainer.precision_plugin.forward_context(), self._read_teacher():
             # Of several forward passes the first: student and teacher see the same there.
             teacher = self.task.arranged(self.teacher(of_teacher))
         student = self.task.arranged(Outputs(seen.logits))
@@ -379,7 +394,8 @@ class Distillation(Callback):
         of_teacher = self._batch_of_teacher(unwrapped, seen)
         check_source(self.teacher, of_teacher)
         self.teacher.prepare(attached)
-        teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
+        with self._read_teacher(in_any_case=True):
+            teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
         features = {name: x.detach() for name, x in seen.features.items()}
         student = self.task.arranged(Outputs(seen.logits.detach(), features, unwrapped.samples))
         target = self._batches.target(batch)
@@ -415,6 +431,20 @@ class Distillation(Callback):
     def _batch_of_teacher(self, unwrapped: Unwrapped, seen: Seen) -> Batch:
         args, kwargs = seen.inputs[0] if self._calls.inputs else self._batches.arguments(unwrapped.batch)
         return Batch(args, kwargs, None, unwrapped.samples, unwrapped.teacher)
+
+    @contextmanager
+    def _read_teacher(self, in_any_case: bool = False) -> Iterator[None]:
+        """Take the logits out of what the teacher's networks return, while the context lives.
+
+        Args:
+            in_any_case: Also where a teacher takes them out by itself, to say what it would not.
+        """
+        place = self._teacher_logits
+        with ExitStack() as hooks:
+            if in_any_case or place.selector is not None:
+                for network in dict.fromkeys(_running(self.teacher)):
+                    hooks.enter_context(place.alone(network))
+            yield
 
     def _place_teacher(self, module: LightningModule) -> None:
         student = self._calls.student_of(module)
@@ -486,6 +516,16 @@ def _first(unwrapped: Unwrapped, count: int) -> Unwrapped:
     """Cut what came with a batch to its first samples."""
     samples, teacher = apply_to_collection((unwrapped.samples, unwrapped.teacher), Tensor, lambda x: x[:count])
     return unwrapped._replace(samples=samples, teacher=teacher)
+
+
+def _running(teacher: TeacherSource) -> list[nn.Module]:
+    """Return the networks that a source calls for its outputs."""
+    if isinstance(teacher, Ensemble):
+        return [network for member in teacher.teachers for network in _running(member)]
+    if teacher.peers:
+        return list(teacher.peers.values())
+    runs = isinstance(teacher, Teacher | Momentum) and teacher.network is not None
+    return [teacher.network] if runs and teacher.network is not None else []
 
 
 class _Skipped(Exception):  # noqa: N818

@@ -325,11 +325,15 @@ def test_losses_that_look_into_the_teacher_are_refused() -> None:
         Distillation(Momentum(), terms, student="net")
 
 
-def test_logits_of_an_inner_layer_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"calls a copy of the student, whose output are the logits, got logits='head'"
-    ):
-        Distillation(Momentum(), losses(), student="net", logits="head")
+def test_the_copy_gives_its_logits_where_the_student_does() -> None:
+    callback = Distillation(Momentum(), losses(), student="net", logits="head", check_teacher=False)
+    door = Door("callback")
+    door.callbacks = [callback]
+    door.fit()
+    batch = Batch((torch.zeros(2, 6),), {}, None)
+    assert callback.teacher(batch).logits.shape == (2, 4)
+    with pytest.raises(ValueError, match="leave teacher_logits= out"):
+        Distillation(Momentum(), losses(), student="net", teacher_logits="head")
 
 
 @pytest.mark.parametrize("kind", ["module", "callback"])
