@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from kd_lightning.batch_reader import BatchReader, check_count
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
@@ -19,7 +20,7 @@ from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.logits_place import LogitsPlace
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import AnyOutputs, Outputs, TopK
+from kd_lightning.outputs import AnyOutputs, Outputs
 from kd_lightning.preflight import (
     check_class_names,
     check_logits,
@@ -75,9 +76,11 @@ class Distillation(Callback):
             ``lambda output: output.prediction``. Its output, or ``.logits`` of that, unless given. Where one word
             names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``.
         teacher_logits: The same for the teacher, or each teacher of an ensemble.
-        teacher_inputs: Makes the teacher's arguments from a batch: a tensor, a tuple of positional or a mapping of
-            keyword arguments. Needed where ``training_step`` never calls the student as a whole.
-        target: Makes the target from a batch; its second part, or ``labels``, as the task reads it unless given.
+        teacher_inputs: The teacher's arguments in a batch: a key, an attribute, an index, or a function that returns a
+            tensor, a tuple of positional or a mapping of keyword arguments. Needed where ``training_step`` never calls
+            the student as a whole.
+        target: The target in a batch: a key, an attribute, an index, or a function; its second part, or ``labels``,
+            as the task reads it unless given.
         task_weight: Factor of the module's own loss; at 0 it is left out.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
         task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
@@ -100,8 +103,8 @@ class Distillation(Callback):
         student: str = "",
         logits: Selector | None = None,
         teacher_logits: Selector | None = None,
-        teacher_inputs: Callable[[Any], Any] | None = None,
-        target: Callable[[Any], Tensor | None] | None = None,
+        teacher_inputs: Selector | None = None,
+        target: Selector | None = None,
         task_weight: float = 1.0,
         check_teacher: bool = True,
         task: Task | None = None,
@@ -116,7 +119,7 @@ class Distillation(Callback):
         self.check_teacher = check_teacher
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
-        self._batches = _Batches(self.task, teacher_inputs, target, labels_needed, self._unwrap)
+        self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
         self._calls = StudentCalls(student, LogitsPlace(logits), inputs=teacher_inputs is None)
         self._teacher_logits = LogitsPlace(teacher_logits, "teacher_logits")
         self._undo = ExitStack()
@@ -210,7 +213,7 @@ class Distillation(Callback):
             if self._calls.inputs:
                 read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrap)
             with self._read_teacher():
-                check_teacher_score(pl_module, self.teacher, self.task, read)
+                check_teacher_score(pl_module, self.teacher, self.task, self._batches.checking_counts(read))
         self._rehearsal = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,7 +253,7 @@ class Distillation(Callback):
                 teacher = self.teacher(self._batch_of_teacher(unwrapped, seen), self.objective.teacher_layers)
             teacher = self.task.arranged(teacher)
         total: Tensor
-        total, terms = self.objective(student, teacher, self._batches.target(unwrapped.batch))
+        total, terms = self.objective(student, teacher, self._batches.target_for(unwrapped.batch, student))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
         whole = Batch(seen.inputs[0] if seen.inputs else (unwrapped.batch,), {}, None)
@@ -336,13 +339,15 @@ class Distillation(Callback):
             self._metrics_without_labels.log(module, prefix, student, teacher, dataloader_idx)
             return
         target = self._batches.target_or_none(unwrapped.batch)
+        if target is not None and not self._batches.fits(target, teacher):
+            target = None
         same = agreement(self.task, student, teacher, target)
         if same is None:
             return
         if same.numel():
             name = f"{prefix}/agreement"
             module.log(name, same.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=same.numel())
-        if prefix == "val" and target is not None and self._batches.fits(target, teacher):
+        if prefix == "val" and target is not None:
             self._teacher_scores.log(module, teacher, target, dataloader_idx)
 
     # At the end.
@@ -372,9 +377,11 @@ class Distillation(Callback):
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
     def _preflight(self, module: LightningModule, rehearsal: Rehearsal) -> None:
+        self._batches.begin()
         loader = training_loader(module)
         batches = training_batches(module, loader=loader)
-        raw, first = first_batch(batches, self.objective, self.task, self._batches.read)
+        with self._batches.say_what_else_there_is():
+            raw, first = first_batch(batches, self.objective, self.task, self._batches.read)
         unwrapped = self._unwrap(raw)
         raw = unwrapped.batch
         batch = few(raw, samples_needed(self.objective))
@@ -404,12 +411,15 @@ class Distillation(Callback):
             names = class_names_of(module.trainer.datamodule)  # type: ignore[attr-defined]
             if self.task.gives_logits:
                 check_class_names(names, student.logits)
-            self.task.check(first.target, student.logits)
+            with self._batches.suggest_target(raw):
+                self.task.check(first.target, student.logits)
+                check_count(target, student.logits)
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)
         else:
             given = first.target if isinstance(first.target, Tensor) else None
             self.task.check_dimensions(student.logits, given)
+            self._batches.note_fit(target, student)
             if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
                 self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
@@ -450,66 +460,6 @@ class Distillation(Callback):
         student = self._calls.student_of(module)
         floating = [p.dtype for p in student.parameters() if p.is_floating_point()]
         self.teacher.to(module.device, floating[0] if floating else None)
-
-
-class _Batches:
-    """Reads batches as the callback was told to."""
-
-    def __init__(
-        self,
-        task: Task,
-        teacher_inputs: Callable[[Any], Any] | None,
-        target: Callable[[Any], Tensor | None] | None,
-        labels_needed: bool,
-        unwrap: Callable[[Any], Unwrapped],
-    ) -> None:
-        self._task, self._unwrap = task, unwrap
-        self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
-
-    def read(self, batch: Any) -> Batch:
-        batch, samples, teacher = self._unwrap(batch)
-        target = self.target(batch)
-        if self._teacher_inputs is not None:
-            return Batch(*self.arguments(batch), target, samples, teacher)
-        try:
-            return self._task.read(batch)._replace(target=target, samples=samples, teacher=teacher)
-        except TypeError:
-            return Batch((), {}, target, samples, teacher)  # the module knows how to read it
-
-    def target(self, batch: Any) -> Tensor | None:
-        if self._target is not None:
-            target: Tensor | None = self._task.target_of(self._target(batch))
-            return target
-        try:
-            return self._task.read(batch).target
-        except TypeError as error:
-            if not self._labels_needed:
-                return None
-            expected, _, _ = str(error).partition(": pass")
-            raise TypeError(f"{expected}: pass Distillation(..., target=) that takes the target from a batch") from None
-
-    def target_or_none(self, batch: Any) -> Tensor | None:
-        try:
-            return self.target(batch)
-        except TypeError:
-            return None
-
-    def fits(self, target: Tensor, outputs: AnyOutputs) -> bool:
-        """Tell whether a target is that of such outputs: the module may read its own from a batch."""
-        if isinstance(outputs, TopK):
-            return target.shape == outputs.best().shape
-        try:
-            self._task.check(target, outputs.logits)
-        except ValueError:
-            return False
-        return True
-
-    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        assert self._teacher_inputs is not None
-        inputs = self._teacher_inputs(batch)
-        if isinstance(inputs, Mapping):
-            return (), inputs
-        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _first(unwrapped: Unwrapped, count: int) -> Unwrapped:

@@ -165,6 +165,8 @@ class Classification(Task):
             remedy = f"one-hot labels become indices by target.argmax({class_dim(logits) % logits.ndim})"
         elif target.ndim == 2 and target.shape[1] == 1:
             remedy = "call target.squeeze(1)"
+        elif logits.ndim > 3 and target.ndim == logits.ndim - 1:
+            remedy = "bring both to one size: labels by taking every n-th, such as target[:, ::4, ::4], or the logits"
         raise ValueError(
             f"the target is {_dtype(target)} of shape {tuple(target.shape)}, expected class indices "
             f"{_each((0, *expected))} for logits {_each(logits.shape)}: {remedy}"

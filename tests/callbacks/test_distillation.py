@@ -447,7 +447,7 @@ def test_labels_that_are_missing_for_a_loss_are_named() -> None:
         validation_step = LightningModule.validation_step
 
     module, callback = make(Triples(), losses={"hard_label": HardLabel()})
-    with pytest.raises(TypeError, match=r"got a list of 3: pass Distillation\(\.\.\., target=\)"):
+    with pytest.raises(TypeError, match=r"got a list of 3: name the target with Distillation\(\.\.\., target=\)"):
         fit(module, callback, data=data)
     fit(*make(Triples(), losses={"hard_label": HardLabel()}, target=lambda batch: batch[1]), data=data)
     fit(*make(Triples(), losses={"kd": KD()}), data=data)  # needs no labels

@@ -1,0 +1,181 @@
+"""Read batches of somebody else's loader."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK
+from kd_lightning.preflight.batches import size_of
+from kd_lightning.selection import Selector, check_selector, describe, select
+from kd_lightning.tasks import Batch, Task
+from kd_lightning.tasks.batch import Unwrapped
+
+_SUGGESTION = "name the target with Distillation(..., target=), a key, an index or a function of the batch, which is"
+
+
+class BatchReader:
+    """Reads batches as the task does, or as it was told to.
+
+    Args:
+        task: Says what a batch means.
+        teacher_inputs: The teacher's arguments in a batch; what the student was called with unless given.
+        target: The target in a batch; the task finds it unless given.
+        labels_needed: Whether a loss reads the targets. Where none does, targets that are none of the outputs' are
+            left out.
+        unwrap: Takes off what was put around a batch.
+
+    Raises:
+        TypeError: For a selector that is none.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        teacher_inputs: Selector | None,
+        target: Selector | None,
+        labels_needed: bool,
+        unwrap: Callable[[Any], Unwrapped],
+    ) -> None:
+        check_selector("teacher_inputs", teacher_inputs)
+        check_selector("target", target)
+        self._task, self._unwrap = task, unwrap
+        self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
+        self._fits = True
+        self._without_target: Any = None
+
+    def read(self, batch: Any) -> Batch:
+        batch, samples, teacher = self._unwrap(batch)
+        target = self.target(batch)
+        if target is None and self._target is None:
+            self._without_target = batch
+        if self._teacher_inputs is not None:
+            return Batch(*self.arguments(batch), target, samples, teacher)
+        try:
+            return self._task.read(batch)._replace(target=target, samples=samples, teacher=teacher)
+        except TypeError:
+            return Batch((), {}, target, samples, teacher)  # the module knows how to read it
+
+    def target(self, batch: Any) -> Tensor | None:
+        """Return the target; None where the batch has none, or one that no loss reads and that fits no output."""
+        target: Any = None
+        if self._target is not None:
+            target = self._task.target_of(select(batch, self._target, "target"))
+        else:
+            try:
+                target = self._task.read(batch).target
+            except TypeError as error:
+                if self._labels_needed:
+                    expected, _, _ = str(error).partition(": pass")
+                    raise TypeError(f"{expected}: {_SUGGESTION} {describe(batch)}") from None
+        unread = not self._labels_needed and not (self._fits and isinstance(target, Tensor))
+        return None if unread else target
+
+    def begin(self) -> None:
+        """Forget what was noted of another loader."""
+        self._fits, self._without_target = True, None
+
+    def target_or_none(self, batch: Any) -> Tensor | None:
+        try:
+            return self.target(batch)
+        except TypeError:
+            return None
+
+    def target_for(self, batch: Any, outputs: Outputs) -> Tensor | None:
+        """Return the target of a batch for which these are the outputs, as losses read it.
+
+        Raises:
+            ValueError: For another number of targets, where a loss reads them.
+        """
+        target = self.target(batch)
+        if self._labels_needed and isinstance(target, Tensor):
+            with self.suggest_target(batch):
+                check_count(target, outputs.logits)
+        return target
+
+    def checking_counts(self, read: Callable[[Any], Batch]) -> Callable[[Any], Batch]:
+        """Return what reads a batch likewise: as unlabelled where its targets are of another number than its inputs.
+
+        Where a loss reads targets, those are refused.
+        """
+
+        def reading(raw: Any) -> Batch:
+            batch = read(raw)
+            size, target = size_of(batch), batch.target
+            if size is None or not isinstance(target, Tensor) or not target.ndim or len(target) == size:
+                return batch
+            if self._labels_needed:
+                with self.suggest_target(raw):
+                    raise _other_count(target, f"the student's inputs ({size} samples)")
+            return batch._replace(target=None)
+
+        return reading
+
+    def fits(self, target: Tensor, outputs: AnyOutputs) -> bool:
+        """Tell whether a target is that of such outputs: the module may read its own from a batch."""
+        if isinstance(outputs, TopK):
+            return target.shape == outputs.best().shape
+        try:
+            self._task.check(target, outputs.logits)
+            check_count(target, outputs.logits)
+        except ValueError:
+            return False
+        return True
+
+    def note_fit(self, target: Tensor | None, outputs: AnyOutputs) -> None:
+        """Leave targets out from now on that are none of such outputs, where no loss reads them; say so.
+
+        Args:
+            target: Of a batch that was read before.
+            outputs: For the same batch.
+        """
+        self._fits = target is None or self.fits(target, outputs)
+        if target is not None and not self._fits and not self._labels_needed:
+            rank_zero_info(
+                f"targets {tuple(target.shape)} are none of outputs {tuple(outputs.logits.shape)}: no loss reads them, "
+                "and the teacher is not scored; pass target= to have it scored"
+            )
+
+    @contextmanager
+    def suggest_target(self, batch: Any) -> Iterator[None]:
+        """Add to errors about a target how to name another one."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{error}; or {_SUGGESTION} {describe(batch)}") from error
+
+    @contextmanager
+    def say_what_else_there_is(self) -> Iterator[None]:
+        """Add to errors about missing targets what the batches hold."""
+        try:
+            yield
+        except ValueError as error:
+            if self._without_target is None or not self._labels_needed:
+                raise
+            raise ValueError(f"{error}; or {_SUGGESTION} {describe(self._without_target)}") from error
+
+    def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        assert self._teacher_inputs is not None
+        inputs = select(batch, self._teacher_inputs, "teacher_inputs")
+        if isinstance(inputs, Mapping):
+            return (), inputs
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def check_count(target: Any, logits: Tensor) -> None:
+    """Raise ValueError for another number of targets than of outputs.
+
+    Raises:
+        ValueError: With both shapes.
+    """
+    if isinstance(target, Tensor) and target.ndim and len(target) != len(logits):
+        raise _other_count(target, f"the student's logits {tuple(logits.shape)}")
+
+
+def _other_count(target: Tensor, others: str) -> ValueError:
+    return ValueError(
+        f"the targets {tuple(target.shape)} and {others} differ in the number of samples, expected one each: does the "
+        "step call the student on another batch than it takes labels from?"
+    )
