@@ -101,8 +101,12 @@ class LogitsPlace:
         )
 
     @contextmanager
-    def alone(self, network: nn.Module) -> Iterator[None]:
+    def alone(self, network: nn.Module, needed: bool = True) -> Iterator[None]:
         """Let a network return its logits and nothing else while the context lives.
+
+        Args:
+            network: That is called.
+            needed: Whether a network that gives none is refused; it returns no values then, (0, 0).
 
         Raises:
             ValueError: When it is called, and they are not there.
@@ -110,6 +114,15 @@ class LogitsPlace:
         layer, of_layer = self.layer_in(network), list[Any]()
 
         def from_output(_module: nn.Module, _args: Any, output: Any) -> Tensor:
+            try:
+                return taken(output)
+            except ValueError:
+                if needed:
+                    raise
+                of_layer.clear()
+                return next((p.new_zeros(0, 0) for p in network.parameters()), torch.zeros(0, 0))
+
+        def taken(output: Any) -> Tensor:
             if layer is None:
                 return self.read(output, network)
             if len(of_layer) != 1:

@@ -71,6 +71,10 @@ class DistillationObjective(nn.Module):
         return any(loss.needs_teacher for loss in self.named_losses().values())
 
     @property
+    def reads_logits(self) -> bool:
+        return any(loss.reads_logits for loss in self.named_losses().values())
+
+    @property
     def changing_losses(self) -> dict[str, DistillationLoss]:
         """The losses that change the student's architecture, before it is trained."""
         return {name: loss for name, loss in self.named_losses().items() if loss.changes_student}

@@ -31,7 +31,8 @@ class Outputs(NamedTuple):
     """What a network gave for one batch.
 
     Attributes:
-        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel.
+        logits: (B, C), (B, S, V) for language models, or (B, C, H, W) for a class at each pixel. (B, 0) of a network
+            that gives none, where no loss reads them.
         features: Outputs of the tapped layers, by their names in ``network.named_modules()``.
         samples: Which samples these are the outputs of, where the batch says so (the student's outputs only).
     """

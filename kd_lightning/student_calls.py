@@ -31,7 +31,8 @@ class Seen:
         Raises:
             ValueError: When they are not in what the student returned.
         """
-        assert self.read is not None
+        if self.read is None or not self.outputs:
+            raise ValueError("the student did not run as a whole, expected it to give its logits")
         return self.read(self.outputs[0])
 
 
@@ -43,11 +44,13 @@ class StudentCalls:
         student: Name of the student in the module; empty for the module itself.
         logits: Where the logits are; layers are named relative to the student.
         inputs: Whether the student's inputs are wanted: it has to run as a whole then.
+        outputs: Whether its logits are.
     """
 
     student: str = ""
     logits: LogitsPlace = field(default_factory=LogitsPlace)
     inputs: bool = True
+    outputs: bool = True
 
     def student_of(self, module: nn.Module) -> nn.Module:
         return find_layer(module, self.student)
@@ -104,7 +107,7 @@ class StudentCalls:
                 # Ahead of capture's own complaint about layers that did not run.
                 if self.inputs and not seen.inputs:
                     seen.problem = _never(whole)
-                elif not seen.outputs:
+                elif self.outputs and not seen.outputs:
                     seen.problem = f"{giver} did not run in training_step, expected once: name one that does"
                 if once and seen.problem:
                     raise RuntimeError(seen.problem)

@@ -20,8 +20,9 @@ from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.logits_place import LogitsPlace
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
-from kd_lightning.outputs import AnyOutputs, Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs, Samples, TopK
 from kd_lightning.preflight import (
+    check_all_logits,
     check_class_names,
     check_logits,
     check_networks,
@@ -74,7 +75,8 @@ class Distillation(Callback):
         logits: Where the student's logits are: the name of a layer, relative to the student (for a module that calls
             only parts of it); or else a key, an attribute or an index of its output, or a function of it, such as
             ``lambda output: output.prediction``. Its output, or ``.logits`` of that, unless given. Where one word
-            names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``.
+            names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``. Losses on layers alone
+            need none.
         teacher_logits: The same for the teacher, or each teacher of an ensemble.
         teacher_inputs: The teacher's arguments in a batch: a key, an attribute, an index, or a function that returns a
             tensor, a tuple of positional or a mapping of keyword arguments. Needed where ``training_step`` never calls
@@ -120,13 +122,14 @@ class Distillation(Callback):
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
         self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
-        self._calls = StudentCalls(student, LogitsPlace(logits), inputs=teacher_inputs is None)
+        self._calls = StudentCalls(student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits)
         self._teacher_logits = LogitsPlace(teacher_logits, "teacher_logits")
         self._undo = ExitStack()
         self._rehearsal: Rehearsal | None = None
         self._pending: _Step | None = None
         self._evaluation, self._seen = ExitStack(), Seen()
         self._teacher_scores, self._metrics_without_labels = TeacherScores(self.task), MetricsWithoutLabels(self.task)
+        self._scored = True
         self._steps = 0
         self._resumption = Resumption()
         self._divergence = Divergence()
@@ -207,7 +210,7 @@ class Distillation(Callback):
         if trainer.optimizers and type(trainer.strategy).__name__ != "DeepSpeedStrategy":  # whose hold copies
             check_optimizer(trainer.optimizers, dict(self._calls.student_of(pl_module).named_parameters()))
         assert self._rehearsal is not None
-        if self.check_teacher:
+        if self.check_teacher and self._scored:
             self._rehearsal.module.to(pl_module.device)
             read: Callable[[Any], Batch] = self._batches.read
             if self._calls.inputs:
@@ -246,7 +249,7 @@ class Distillation(Callback):
         return step
 
     def _distil(self, module: LightningModule, unwrapped: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
-        student = self.task.arranged(Outputs(seen.logits, seen.features, unwrapped.samples))
+        student = self.task.arranged(self._outputs_of(seen, unwrapped.samples))
         teacher = None
         if self.objective.needs_teacher:
             with self._read_teacher():
@@ -263,7 +266,7 @@ class Distillation(Callback):
         if logs_this_step(module.trainer):
             terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
             values = {name: Term(term.raw.detach(), term.weighted.detach()) for name, term in terms.items()}
-            soft_targets = None if teacher is None else teacher._replace(features={})
+            soft_targets = None if teacher is None or not self._scored else teacher._replace(features={})
             self._pending = _Step(total.detach(), values, soft_targets, len(student.logits))
         return total
 
@@ -325,8 +328,14 @@ class Distillation(Callback):
     def _score(self, module: LightningModule, batch: Any, prefix: str, dataloader_idx: int) -> None:
         self._evaluation.close()
         seen, self._seen = self._seen, Seen()
-        if not seen.outputs or (self._calls.inputs and not seen.inputs):
+        if not self._scored or not seen.outputs or (self._calls.inputs and not seen.inputs):
             return  # how the module validates is its own affair
+        try:
+            logits = seen.logits
+        except ValueError:
+            if self.objective.reads_logits:
+                raise
+            return  # there are none
         unwrapped = self._unwrap(batch)
         of_teacher = self._batch_of_teacher(unwrapped, seen)
         if not self.teacher.can_teach(of_teacher):
@@ -334,7 +343,7 @@ class Distillation(Callback):
         with torch.no_grad(), module.trainer.precision_plugin.forward_context(), self._read_teacher():
             # Of several forward passes the first: student and teacher see the same there.
             teacher = self.task.arranged(self.teacher(of_teacher))
-        student = self.task.arranged(Outputs(seen.logits))
+        student = self.task.arranged(Outputs(logits))
         if not self.task.labelled:
             self._metrics_without_labels.log(module, prefix, student, teacher, dataloader_idx)
             return
@@ -377,6 +386,7 @@ class Distillation(Callback):
         self.objective.cpu()  # as Lightning does with the module, of which it is no part any more
 
     def _preflight(self, module: LightningModule, rehearsal: Rehearsal) -> None:
+        self._scored = True
         self._batches.begin()
         loader = training_loader(module)
         batches = training_batches(module, loader=loader)
@@ -395,19 +405,23 @@ class Distillation(Callback):
         attached = self._student_to_attach(module, rehearsal)
         check_networks(attached, self.teacher)
         check_trainable(self._calls.student_of(rehearsal.module))
-        if self.task.gives_logits:
+        reads = self.objective.reads_logits
+        if self.task.gives_logits and reads:
             check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
-        unwrapped = _first(unwrapped, len(seen.logits))._replace(batch=batch)
+        seen_outputs = self._outputs_of(seen, None)
+        unwrapped = _first(unwrapped, len(seen_outputs.logits))._replace(batch=batch)
         of_teacher = self._batch_of_teacher(unwrapped, seen)
         check_source(self.teacher, of_teacher)
         self.teacher.prepare(attached)
         with self._read_teacher(in_any_case=True):
             teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
         features = {name: x.detach() for name, x in seen.features.items()}
-        student = self.task.arranged(Outputs(seen.logits.detach(), features, unwrapped.samples))
+        student = self.task.arranged(Outputs(seen_outputs.logits.detach(), features, unwrapped.samples))
         target = self._batches.target(batch)
-        check_outputs(self.objective, student, teacher, self.task)
-        if first.target is not None and need_labels(self.objective):
+        check_outputs(self.objective, student, teacher, self.task, read=reads)
+        if not reads:
+            self._scored = self._can_be_scored(student, teacher, target)
+        elif first.target is not None and need_labels(self.objective):
             names = class_names_of(module.trainer.datamodule)  # type: ignore[attr-defined]
             if self.task.gives_logits:
                 check_class_names(names, student.logits)
@@ -424,7 +438,37 @@ class Distillation(Callback):
                 self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
         compute_once(self.objective, student, teacher, target)
-        check_top_k(first.teacher, classes_of(student))
+        if reads:
+            check_top_k(first.teacher, classes_of(student))
+
+    def _check_kind(self, student: Outputs, target: Any) -> None:
+        """Raise ValueError where outputs, or targets that no loss reads, are those of another task."""
+        given = target if isinstance(target, Tensor) else None
+        self.task.check_dimensions(student.logits, given)
+        if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
+            self.task.check(given, student.logits)  # several labels a sample, or quantities
+
+    def _can_be_scored(self, student: Outputs, teacher: AnyOutputs, target: Any) -> bool:
+        """Tell whether outputs that no loss reads are logits all the same."""
+        if not student.logits.numel() or not (isinstance(teacher, TopK) or teacher.logits.numel()):
+            return False
+        try:
+            check_all_logits(student, teacher)
+            self._check_kind(student, target)
+        except ValueError:
+            return False
+        self._batches.note_fit(target, student)
+        return True
+
+    def _outputs_of(self, seen: Seen, samples: Samples | None) -> Outputs:
+        try:
+            logits = seen.logits
+        except ValueError:
+            if self.objective.reads_logits:
+                raise
+            feature = next(iter(seen.features.values()))
+            logits = feature.new_zeros(len(feature), 0)
+        return Outputs(logits, seen.features, samples)
 
     def _student_to_attach(self, module: LightningModule, rehearsal: Rehearsal) -> nn.Module:
         """Return the student itself, or the copy where the module makes it, or parts of it, only after this setup."""
@@ -451,9 +495,10 @@ class Distillation(Callback):
         """
         place = self._teacher_logits
         with ExitStack() as hooks:
-            if in_any_case or place.selector is not None:
+            needed = self.objective.reads_logits
+            if in_any_case or place.selector is not None or not needed:
                 for network in dict.fromkeys(_running(self.teacher)):
-                    hooks.enter_context(place.alone(network))
+                    hooks.enter_context(place.alone(network, needed))
             yield
 
     def _place_teacher(self, module: LightningModule) -> None:

@@ -38,6 +38,8 @@ class DistillationLoss(nn.Module):
     over_classes = True
     """Whether it takes outputs for logits of classes that exclude each other, as a softmax does: of one output, and of
     several labels a sample, it would be constant or wrong."""
+    reads_logits = True
+    """Whether it reads the networks' own outputs. Nothing is asked of these where no loss does."""
     takes_top_k = False
     """Whether the teacher's k best classes (:class:`~kd_lightning.outputs.TopK`) do in the place of its logits."""
     needs_teacher_network = False
@@ -135,7 +137,8 @@ class FeatureLoss(DistillationLoss):
             raise ValueError(f"expected a student_layer to compare with {teacher_layer!r}, got None: name both or none")
         layers = [] if student_layer is None else [student_layer]
         super().__init__(weight, layers, None if teacher_layer is None else [teacher_layer], gather)
-        self.takes_top_k = bool(layers)  # with layers, it reads no logits
+        self.reads_logits = not layers
+        self.takes_top_k = bool(layers)
 
     def features(self, student: Outputs, teacher: Outputs | TopK) -> tuple[Tensor, Tensor]:
         """Return what is compared: the outputs of the two layers, or of the two networks."""
@@ -158,7 +161,8 @@ class LayersLoss(DistillationLoss):
     """
 
     needs_same_classes = over_classes = False
-    takes_top_k = True  # it reads no logits
+    reads_logits = False
+    takes_top_k = True
 
     def __init__(
         self,

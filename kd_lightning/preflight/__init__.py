@@ -11,10 +11,11 @@ from kd_lightning.preflight.networks import (
     check_parts,
     check_trainable,
 )
-from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
+from kd_lightning.preflight.outputs import check_all_logits, check_logits, check_outputs, check_top_k, classes_of
 from kd_lightning.preflight.teacher_score import check_teacher_score
 
 __all__ = [
+    "check_all_logits",
     "check_checkpoint",
     "check_class_names",
     "check_factories",

@@ -24,6 +24,7 @@ def check_outputs(
     teacher: AnyOutputs | None,
     task: Task,
     role: str = "teacher",
+    read: bool = True,
 ) -> None:
     """Compare the classes of both, what the losses need of them and of the task, and whether the samples are known.
 
@@ -33,22 +34,25 @@ def check_outputs(
         teacher: Likewise; of peers, each is compared.
         task: Says what outputs mean.
         role: Of the teacher, for errors.
+        read: Whether anybody reads the logits, which may be anything otherwise.
 
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
     if isinstance(teacher, PeerOutputs):
         for name, peer in teacher.networks.items():
-            check_outputs(objective, student, peer, task, f"peer {name!r}")
+            check_outputs(objective, student, peer, task, f"peer {name!r}", read)
         return
     losses = objective.named_losses()
     refusals = {name: why for name, loss in losses.items() if (why := task.refuses(loss)) is not None}
     for name, why in refusals.items():
         raise ValueError(f"loss {name!r} {why}")
-    if task.gives_logits:
-        _check_all_logits(student, teacher, role)
+    if task.gives_logits and read:
+        check_all_logits(student, teacher, role)
     comparing = [name for name, loss in losses.items() if loss.needs_teacher and loss.needs_same_classes]
-    if isinstance(teacher, TopK):
+    if not read:
+        pass
+    elif isinstance(teacher, TopK):
         objective.check_takes_top_k(f"its {teacher.k} best")
         check_top_k(teacher, classes_of(student))
     elif comparing and teacher is not None and classes_of(teacher) != classes_of(student):
@@ -58,7 +62,7 @@ def check_outputs(
             "logits in a module around it"
         )
     constant = [name for name, loss in losses.items() if loss.over_classes]
-    if constant and classes_of(student) == 1:
+    if read and constant and classes_of(student) == 1:
         raise ValueError(
             f"the student has one output, expected two or more for losses {constant}: the softmax of one output is "
             "always 1, so that they are constant; give the student an output a class (for two classes, 0 and its "
@@ -72,7 +76,8 @@ def check_outputs(
         )
 
 
-def _check_all_logits(student: Outputs, teacher: AnyOutputs | None, role: str) -> None:
+def check_all_logits(student: Outputs, teacher: AnyOutputs | None, role: str = "teacher") -> None:
+    """Raise ValueError for probabilities of a student, a teacher or a member of an ensemble."""
     check_logits("student", student.logits)
     if teacher is None or isinstance(teacher, TopK):
         return
