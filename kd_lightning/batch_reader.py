@@ -10,6 +10,7 @@ from torch import Tensor
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.preflight.batches import size_of
 from kd_lightning.selection import Selector, check_selector, describe, select
+from kd_lightning.several_calls import repeated
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.batch import Unwrapped
 
@@ -83,13 +84,13 @@ class BatchReader:
         except TypeError:
             return None
 
-    def target_for(self, batch: Any, outputs: Outputs) -> Tensor | None:
-        """Return the target of a batch for which these are the outputs, as losses read it.
+    def target_for(self, batch: Any, outputs: Outputs, calls: int = 1) -> Tensor | None:
+        """Return the target of a batch for which these are the outputs of so many calls, as losses read it.
 
         Raises:
             ValueError: For another number of targets, where a loss reads them.
         """
-        target = self.target(batch)
+        target = repeated(self.target(batch), calls, len(outputs.logits))
         if self._labels_needed and isinstance(target, Tensor):
             with self.suggest_target(batch):
                 check_count(target, outputs.logits)

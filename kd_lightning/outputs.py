@@ -250,6 +250,22 @@ AnyOutputs: TypeAlias = Outputs | EnsembleOutputs | TopK | PeerOutputs
 """What a teacher gives: the outputs of a network, or of several, or its best classes alone."""
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors of several calls as one, along the samples.
+
+    Raises:
+        ValueError: For shapes that differ in more.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.shape[1:] for part in parts}) > 1:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(
+            f'the calls of a step give outputs of shapes {shapes}, expected one shape to join them: take calls="first"'
+        )
+    return torch.cat(list(parts))
+
+
 def _up(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -323,46 +339,82 @@ def capture(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Ten
             output in place.
         TypeError: When a layer returns something else than a tensor.
     """
-    _let_compiled_networks_see_hooks()
     found: dict[str, Tensor] = {}
-    versions: dict[str, int] = {}
 
-    def take(name: str, output: Any) -> None:
+    def take(name: str, output: Tensor) -> None:
+        if name in found:
+            raise ran_several_times(name)
+        found[name] = output
+
+    with tap(network, layers, take):
+        yield found
+
+
+@contextmanager
+def tap(network: nn.Module, layers: Iterable[str], take: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Hand on each output of the named layers while the context lives; the hooks go with it.
+
+    The second forward pass of gradient checkpointing, which belongs to the backward pass, is none.
+
+    Args:
+        network: Has the layers.
+        layers: Their names.
+        take: Gets a layer's name and output at each run; False for one that is not wanted.
+
+    Raises:
+        ValueError: For an unknown layer.
+        RuntimeError: When a layer never gave a wanted output, or a later layer overwrote one in place.
+        TypeError: When a layer returns something else than a tensor.
+    """
+    _let_compiled_networks_see_hooks()
+    taken: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in layers}
+
+    def note(name: str, output: Any) -> None:
+        if in_backward():
+            return
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {name!r} returns {type(output).__name__}, expected a tensor: name a layer inside it that does"
             )
-        if name in found:
-            raise RuntimeError(
-                f"layer {name!r} ran several times in one forward pass, expected once: a module that is shared "
-                "between places cannot be tapped; name a layer that runs once"
-            )
-        found[name] = output
-        versions[name] = output._version
+        if take(name, output) is not False:
+            taken[name].append((output, output._version))
 
     with ExitStack() as hooks:
-        for name in dict.fromkeys(layers):
+        for name in taken:
             layer = find_layer(network, name)
             # The hook stays out of compiled graphs: a graph would go on writing to the first call's dictionary.
             hook: Callable[..., None] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-                lambda _module, _input, output, name=name: take(name, output)
+                lambda _module, _input, output, name=name: note(name, output)
             )
             hooks.enter_context(layer.register_forward_hook(hook))
-        yield found
+        yield
 
-    for name in dict.fromkeys(layers):
-        if name not in found:
+    for name, outputs in taken.items():
+        if not outputs:
             compiled = any(module._compiled_call_impl is not None for module in network.modules())
             stale = ", or, as the network is compiled, call torch.compiler.reset() after earlier calls of it"
             raise RuntimeError(
                 f"layer {name!r} did not run in the forward pass: name a layer that the output needs"
                 f"{stale if compiled else ''}"
             )
-        if found[name]._version != versions[name]:
+        if any(output._version != version for output, version in outputs):
             raise RuntimeError(
                 f"the output of layer {name!r} was overwritten in place by a later layer (an in-place ReLU?): "
                 "tap that later layer, or set its inplace=False"
             )
+
+
+def ran_several_times(layer: str) -> RuntimeError:
+    """Return the error for a layer that ran more than once in one forward pass."""
+    return RuntimeError(
+        f"layer {layer!r} ran several times in one forward pass, expected once: a module that is shared between places "
+        "cannot be tapped; name a layer that runs once"
+    )
+
+
+def in_backward() -> bool:
+    """Tell whether a backward pass is running, as in the second forward pass of gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _let_compiled_networks_see_hooks() -> None:

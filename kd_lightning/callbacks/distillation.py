@@ -44,11 +44,12 @@ from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.selection import Selector
-from kd_lightning.student_calls import Seen, StudentCalls
+from kd_lightning.several_calls import check_rows, join, repeated
+from kd_lightning.student_calls import Calls, Seen, StudentCalls
 from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Ensemble, Momentum, Teacher, TeacherSource
-from kd_lightning.teachers.base import peers_of
+from kd_lightning.teachers.base import BatchSource, peers_of
 from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement, log_terms, logs_this_step
 
 _CHILD = "distillation"
@@ -86,6 +87,9 @@ class Distillation(Callback):
         task_weight: Factor of the module's own loss; at 0 it is left out.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
         task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
+        calls: Of a student that runs several times in a step, such as on two views: ``"all"`` calls, whose outputs are
+            joined along the samples, and so are the teacher's for the same inputs, a target being that of each call;
+            or the ``"first"``. An error unless given. The second pass of gradient checkpointing is no call.
 
     Raises:
         ValueError: At the start of ``fit``: for manual optimization (several optimizers, hence: Lightning itself
@@ -110,6 +114,7 @@ class Distillation(Callback):
         task_weight: float = 1.0,
         check_teacher: bool = True,
         task: Task | None = None,
+        calls: Calls = "once",
     ) -> None:
         if not is_finite_number(task_weight) or task_weight < 0:
             raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
@@ -122,7 +127,9 @@ class Distillation(Callback):
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
         self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
-        self._calls = StudentCalls(student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits)
+        self._calls = StudentCalls(
+            student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits, calls
+        )
         self._teacher_logits = LogitsPlace(teacher_logits, "teacher_logits")
         self._undo = ExitStack()
         self._rehearsal: Rehearsal | None = None
@@ -144,6 +151,11 @@ class Distillation(Callback):
         elif teacher_logits is not None and not _running(self.teacher):
             raise ValueError(
                 f"teacher_logits= is for a teacher whose network runs, got {type(self.teacher).__name__}: leave it out"
+            )
+        if calls == "all" and _reads_batches(self.teacher):
+            raise ValueError(
+                f"{type(self.teacher).__name__} reads outputs for one call of the student from a batch, expected a "
+                'teacher that is called for each with calls="all": take calls="first"'
             )
         changing = list(self.objective.changing_losses)
         if changing:
@@ -249,14 +261,16 @@ class Distillation(Callback):
         return step
 
     def _distil(self, module: LightningModule, unwrapped: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
-        student = self.task.arranged(self._outputs_of(seen, unwrapped.samples))
+        student = self.task.arranged(self._outputs_of(seen, repeated(unwrapped.samples, seen.calls)))
         teacher = None
         if self.objective.needs_teacher:
             with self._read_teacher():
-                teacher = self.teacher(self._batch_of_teacher(unwrapped, seen), self.objective.teacher_layers)
+                batches = self._batches_of_teacher(unwrapped, seen)
+                teacher = join([self.teacher(batch, self.objective.teacher_layers) for batch in batches])
             teacher = self.task.arranged(teacher)
+            check_rows(student, teacher)
         total: Tensor
-        total, terms = self.objective(student, teacher, self._batches.target_for(unwrapped.batch, student))
+        total, terms = self.objective(student, teacher, self._batches.target_for(unwrapped.batch, student, seen.calls))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
             total = self.task_weight * task_loss + total
         whole = Batch(seen.inputs[0] if seen.inputs else (unwrapped.batch,), {}, None)
@@ -337,7 +351,7 @@ class Distillation(Callback):
                 raise
             return  # there are none
         unwrapped = self._unwrap(batch)
-        of_teacher = self._batch_of_teacher(unwrapped, seen)
+        of_teacher = self._batches_of_teacher(unwrapped, seen)[0]
         if not self.teacher.can_teach(of_teacher):
             return
         with torch.no_grad(), module.trainer.precision_plugin.forward_context(), self._read_teacher():
@@ -409,15 +423,18 @@ class Distillation(Callback):
         if self.task.gives_logits and reads:
             check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
         seen_outputs = self._outputs_of(seen, None)
-        unwrapped = _first(unwrapped, len(seen_outputs.logits))._replace(batch=batch)
-        of_teacher = self._batch_of_teacher(unwrapped, seen)
-        check_source(self.teacher, of_teacher)
+        unwrapped = _first(unwrapped, len(seen_outputs.logits) // seen.calls)._replace(batch=batch)
+        of_teacher = self._batches_of_teacher(unwrapped, seen)
+        check_source(self.teacher, of_teacher[0])
         self.teacher.prepare(attached)
         with self._read_teacher(in_any_case=True):
-            teacher = self.task.arranged(self.teacher.dry(of_teacher, self.objective.teacher_layers))
+            layers = self.objective.teacher_layers
+            teacher = self.task.arranged(join([self.teacher.dry(batch, layers) for batch in of_teacher]))
         features = {name: x.detach() for name, x in seen.features.items()}
-        student = self.task.arranged(Outputs(seen_outputs.logits.detach(), features, unwrapped.samples))
-        target = self._batches.target(batch)
+        samples = repeated(unwrapped.samples, seen.calls)
+        student = self.task.arranged(Outputs(seen_outputs.logits.detach(), features, samples))
+        check_rows(student, teacher)
+        target = repeated(self._batches.target(batch), seen.calls, len(student.logits))
         check_outputs(self.objective, student, teacher, self.task, read=reads)
         if not reads:
             self._scored = self._can_be_scored(student, teacher, target)
@@ -482,9 +499,11 @@ class Distillation(Callback):
     def _unwrap(self, batch: Any) -> Unwrapped:
         return unwrapped(batch, bare=self.teacher.in_batch)
 
-    def _batch_of_teacher(self, unwrapped: Unwrapped, seen: Seen) -> Batch:
-        args, kwargs = seen.inputs[0] if self._calls.inputs else self._batches.arguments(unwrapped.batch)
-        return Batch(args, kwargs, None, unwrapped.samples, unwrapped.teacher)
+    def _batches_of_teacher(self, unwrapped: Unwrapped, seen: Seen) -> list[Batch]:
+        """Return what the teacher is called with, in the order of the student's calls."""
+        own = not self._calls.inputs
+        calls = [self._batches.arguments(unwrapped.batch)] if own else seen.inputs[: seen.calls]
+        return [Batch(args, kwargs, None, unwrapped.samples, unwrapped.teacher) for args, kwargs in calls]
 
     @contextmanager
     def _read_teacher(self, in_any_case: bool = False) -> Iterator[None]:
@@ -521,6 +540,12 @@ def _running(teacher: TeacherSource) -> list[nn.Module]:
         return list(teacher.peers.values())
     runs = isinstance(teacher, Teacher | Momentum) and teacher.network is not None
     return [teacher.network] if runs and teacher.network is not None else []
+
+
+def _reads_batches(teacher: TeacherSource) -> bool:
+    if isinstance(teacher, Ensemble):
+        return any(_reads_batches(member) for member in teacher.teachers)
+    return isinstance(teacher, BatchSource)
 
 
 class _Skipped(Exception):  # noqa: N818
