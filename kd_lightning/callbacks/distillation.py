@@ -245,6 +245,8 @@ class Distillation(Callback):
         def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
             unwrapped = self._unwrap(batch)
             batch = unwrapped.batch
+            if not module.trainer.training:
+                return training_step(batch, *args, **kwargs)  # of a validation_step that calls it
             try:
                 with self._calls.watch(module, self.objective.student_layers, once=True) as seen:
                     result = training_step(batch, *args, **kwargs)

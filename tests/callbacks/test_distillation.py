@@ -486,6 +486,20 @@ def test_a_student_that_runs_twice_later_on_is_refused() -> None:
     assert_left(module)
 
 
+def test_a_validation_step_that_calls_training_step_has_the_modules_own_loss() -> None:
+    class Sharing(Existing):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.training_step(batch, batch_idx))
+            self.log("val/own", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module, callback = make(Sharing(), losses={"kd": KD(weight=100.0)})
+    logged = fit(module, callback).callback_metrics
+    assert logged["val/loss"] == logged["val/own"]
+
+
 def test_skipped_batches_and_mappings_pass_through() -> None:
     class Skipping(Existing):
         def training_step(self, batch, batch_idx):
