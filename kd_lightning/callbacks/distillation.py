@@ -90,6 +90,9 @@ class Distillation(Callback):
         calls: Of a student that runs several times in a step, such as on two views: ``"all"`` calls, whose outputs are
             joined along the samples, and so are the teacher's for the same inputs, a target being that of each call;
             or the ``"first"``. An error unless given. The second pass of gradient checkpointing is no call.
+        add_parameters: Add the losses' parameters, such as projectors, to the first group of an optimizer that leaves
+            them out, as one made from ``self.model.parameters()`` does. Its learning rate, schedulers and other
+            settings are theirs then.
 
     Raises:
         ValueError: At the start of ``fit``: for manual optimization (several optimizers, hence: Lightning itself
@@ -115,6 +118,7 @@ class Distillation(Callback):
         check_teacher: bool = True,
         task: Task | None = None,
         calls: Calls = "once",
+        add_parameters: bool = False,
     ) -> None:
         if not is_finite_number(task_weight) or task_weight < 0:
             raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
@@ -123,7 +127,7 @@ class Distillation(Callback):
         if "task" in losses:
             raise ValueError("'task' is the name of the module's own loss: give this one another")
         self.student_name, self.task_weight = student, task_weight
-        self.check_teacher = check_teacher
+        self.check_teacher, self.add_parameters = check_teacher, add_parameters
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self.task = or_classification(task)
         self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
@@ -213,11 +217,15 @@ class Distillation(Callback):
         self.objective.attach(self._calls.student_of(pl_module), self.teacher.network)
         optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         missing = [name for name, p in self.objective.named_parameters() if p.requires_grad and id(p) not in optimized]
-        if missing:
+        if missing and self.add_parameters:
+            parameters = dict(self.objective.named_parameters())
+            _add_to_optimizer(trainer, [parameters[name] for name in missing])
+        elif missing:
             raise ValueError(
                 f"the optimizer leaves out {len(missing)} parameters of the losses ({', '.join(missing[:3])}), "
-                "expected them to be trained: build it from self.parameters() in configure_optimizers, or take losses "
-                "without projectors"
+                "expected them to be trained: pass Distillation(..., add_parameters=True), which adds them to its "
+                "first group, build it from self.parameters() in configure_optimizers, or take losses without "
+                "projectors"
             )
         if trainer.optimizers and type(trainer.strategy).__name__ != "DeepSpeedStrategy":  # whose hold copies
             check_optimizer(trainer.optimizers, dict(self._calls.student_of(pl_module).named_parameters()))
@@ -592,6 +600,20 @@ def _check_averaging(trainer: Trainer, callback: Distillation) -> None:
             f"{name} has copied the module before it gets the projectors, expected to come later: put Distillation "
             "before it in callbacks"
         )
+
+
+def _add_to_optimizer(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
+    # Into a group that is there, not one of their own: schedulers are made already, and count the groups. And before
+    # a checkpoint's optimizer states are loaded, which Lightning does after on_fit_start.
+    optimizer = trainer.optimizers[0]
+    made = type(optimizer).__name__
+    if optimizer.state or type(trainer.strategy).__name__ in ("DeepSpeedStrategy", "FSDPStrategy"):
+        why = f"with {type(trainer.strategy).__name__}" if not optimizer.state else "as it has made its state already"
+        raise ValueError(
+            f"add_parameters=True cannot add to {made} {why}, expected to before the first step: build the optimizer "
+            "from self.parameters() in configure_optimizers"
+        )
+    optimizer.param_groups[0]["params"].extend(parameters)
 
 
 def _restore_step(module: LightningModule, own: Callable[..., Any] | None) -> None:
