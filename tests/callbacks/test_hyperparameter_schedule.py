@@ -170,6 +170,18 @@ def test_an_unknown_length_is_refused_before_the_first_step(schedule: Callback) 
     assert_equal(weights(module.student), before)
 
 
+class Finite(Endless):
+    def __iter__(self):
+        yield from zip(*samples(12), strict=True)
+
+
+def test_with_max_epochs_a_loader_without_length_is_scheduled_by_epochs() -> None:
+    notes = Notes()
+    fit = trainer(max_epochs=4, callbacks=[TemperatureSchedule(linear(8, 4)), notes])
+    fit.fit(distillation(losses={"kd": KD()}, check_teacher=False), DataLoader(Finite(), batch_size=4))
+    assert notes.temperatures == [8] * 3 + [7] * 3 + [6] * 3 + [5] * 3
+
+
 @pytest.mark.parametrize("schedule", [TemperatureSchedule(linear(8, 2))])
 def test_with_max_steps_a_loader_needs_no_length(schedule: Callback) -> None:
     notes = Notes()

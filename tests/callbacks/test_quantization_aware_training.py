@@ -586,6 +586,22 @@ def test_a_share_of_an_unknown_length_is_refused() -> None:
         fit(distilled(check_teacher=False), qat(), data=DataLoader(Endless(), batch_size=4))
 
 
+def test_with_max_epochs_a_share_is_one_of_the_epochs() -> None:
+    class Finite(IterableDataset):
+        def __iter__(self):
+            yield from zip(*samples(8), strict=True)
+
+    rounding: list[bool] = []
+
+    class Notes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rounding.append(bool(callback._phase and callback._phase[0]))
+
+    callback = qat(start=0.5)
+    fit(distilled(check_teacher=False), callback, Notes(), data=DataLoader(Finite(), batch_size=4), max_epochs=4)
+    assert rounding == [False] * 4 + [True] * 4
+
+
 # At scale.
 
 
