@@ -583,7 +583,8 @@ def _check_module(module: LightningModule) -> None:
     if not module.automatic_optimization:
         raise ValueError(
             f"{name} optimizes manually, expected automatic optimization: its training_step makes the backward pass "
-            "before a loss could be added; call kd_lightning.objective.DistillationObjective there"
+            "before a loss could be added; call kd_lightning.objective.DistillationObjective there, in one line, as "
+            'the README shows under "Manual optimization"'
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(f"{name}.training_step takes dataloader_iter, expected it to take the batch")

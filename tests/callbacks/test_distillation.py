@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from kd_lightning import Distillation, DistillationModule
+from kd_lightning import Distillation, DistillationModule, Outputs
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.losses import KD, HardLabel, Hint
+from kd_lightning.objective import DistillationObjective
 from kd_lightning.schedules import linear
 from tests.tiny import FEATURES, Network, assert_equal, good_teacher, loader, network, samples, trainer, weights
 
@@ -420,7 +421,41 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
     assert "build it from self.parameters()" in refusal(step, members={"configure_optimizers": only_net})
     assert "automatic_optimization = False" in refusal(step, members={"configure_optimizers": two})
     manual = {"automatic_optimization": property(lambda self: False)}
-    assert "optimizes manually" in refusal(step, members=manual)
+    message = refusal(step, members=manual)
+    assert "optimizes manually" in message
+    assert 'DistillationObjective there, in one line, as the README shows under "Manual optimization"' in message
+
+
+def test_the_objective_in_a_manual_step_trains_as_the_callback() -> None:
+    class Automatic(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Manual(Automatic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.distillation = DistillationObjective({"kd": KD(temperature=4.0)})
+
+        def training_step(self, batch, batch_idx):
+            optimizer, logits = self.optimizers(), self.net(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            loss = loss + self.distillation(Outputs(logits), Outputs(teacher(batch[0])), batch[1])[0]
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    teacher, automatic, manual = good_teacher().eval().requires_grad_(False), Automatic(), Manual()
+    fit(automatic, make(automatic, losses={"kd": KD(temperature=4.0)})[1], data=loader(), limit_val_batches=0)
+    fit(manual, data=loader(), limit_val_batches=0)
+    assert_equal(weights(automatic.net), weights(manual.net))
 
 
 def test_a_distilled_module_is_not_distilled_again() -> None:
