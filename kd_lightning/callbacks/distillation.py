@@ -432,6 +432,8 @@ class Distillation(Callback):
         reads = self.objective.reads_logits
         if self.task.gives_logits and reads:
             check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
+        if reads:
+            _check_student_logits(seen.logits, self.task)
         seen_outputs = self._outputs_of(seen, None)
         unwrapped = _first(unwrapped, len(seen_outputs.logits) // seen.calls)._replace(batch=batch)
         of_teacher = self._batches_of_teacher(unwrapped, seen)
@@ -600,6 +602,20 @@ def _check_averaging(trainer: Trainer, callback: Distillation) -> None:
         raise ValueError(
             f"{name} has copied the module before it gets the projectors, expected to come later: put Distillation "
             "before it in callbacks"
+        )
+
+
+def _check_student_logits(logits: Tensor, task: Task) -> None:
+    if not logits.requires_grad:
+        raise ValueError(
+            "the student's outputs have no graph, expected losses on them to train it: does it run under "
+            "torch.no_grad(), on detached inputs to a frozen part, or in a checkpoint(..., use_reentrant=True)? Take "
+            "use_reentrant=False there"
+        )
+    if task.over_classes and logits.ndim < 2:
+        raise ValueError(
+            f"the student's logits have the shape {tuple(logits.shape)}, expected one a class for each sample, (B, C): "
+            "a softmax would be over the samples; name others with logits=, or pass task= for one number a sample"
         )
 
 

@@ -426,6 +426,18 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
     assert 'DistillationObjective there, in one line, as the README shows under "Manual optimization"' in message
 
 
+def test_outputs_that_would_train_nothing_or_the_wrong_thing_are_refused() -> None:
+    def without_graph(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net(batch[0])
+        return F.cross_entropy(Network.forward(self.net, batch[0]), batch[1])
+
+    message = refusal(without_graph, losses={"kd": KD()})
+    assert "the student's outputs have no graph, expected losses on them to train it" in message
+    message = refusal(Existing.training_step, losses={"kd": KD()}, logits=lambda output: output[:, 0])
+    assert "logits have the shape (2,), expected one a class for each sample, (B, C)" in message
+
+
 def test_the_objective_in_a_manual_step_trains_as_the_callback() -> None:
     class Automatic(LightningModule):
         def __init__(self) -> None:
