@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kd_lightning.pipeline.records import (
+from kd_lightning.pipeline.statistics import (
+    Performance,
+    gap_closed,
+    holm,
+    paired_contrast,
+    paired_difference,
+    paired_p_value,
+)
+from kd_lightning.records import (
     FIGURES,
     TITLES,
     Caution,
@@ -22,14 +30,6 @@ from kd_lightning.pipeline.records import (
     Share,
     Verdict,
     best_on_validation,
-)
-from kd_lightning.pipeline.statistics import (
-    Performance,
-    gap_closed,
-    holm,
-    paired_contrast,
-    paired_difference,
-    paired_p_value,
 )
 from kd_lightning.tasks import Headline, Task
 
@@ -46,7 +46,7 @@ _PAIRS = {
     "continued-distilled": ("continued", "source"),
     "served-teacher": ("served", "teacher"),
 }
-"""Differences, by the names of :class:`~kd_lightning.pipeline.records.Verdict`; the source is what was quantised."""
+"""Differences, by the names of :class:`~kd_lightning.records.Verdict`; the source is what was quantised."""
 
 
 def compare(

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from kd_lightning.checkpoint import load_checkpoint, load_weights
 from kd_lightning.durable_files import seal, sha256_of, unseal, write_atomically
-from kd_lightning.pipeline.records import Result, strict
 from kd_lightning.pipeline.training import Answers, Training
+from kd_lightning.records import Result, strict
 from kd_lightning.tracking.runs import is_rank_zero
 
 LAST = "last.ckpt"

@@ -1,6 +1,6 @@
 """What a network costs to serve: size, latency and throughput, in eager PyTorch or as a file in its runtimes.
 
-Figures go by the keys of :data:`~kd_lightning.pipeline.records.FIGURES`: milliseconds for one sample (median and 95th
+Figures go by the keys of :data:`~kd_lightning.records.FIGURES`: milliseconds for one sample (median and 95th
 percentile), and samples a second in batches of 64.
 """
 

@@ -22,10 +22,10 @@ from kd_lightning.pipeline.folder import FinishedStage, held_if_free, read_run_i
 from kd_lightning.pipeline.measure import NAMES, measure, measure_files
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
-from kd_lightning.pipeline.records import Verdict
 from kd_lightning.pipeline.run import run_stage, store_teachers_outputs, with_members
 from kd_lightning.pipeline.training import Training
 from kd_lightning.processor import describe
+from kd_lightning.records import Verdict
 from kd_lightning.report.markdown import as_markdown
 from kd_lightning.report.terminal import StageProgress, print_verdict
 from kd_lightning.report.verdict_json import write_verdict

@@ -23,10 +23,10 @@ from kd_lightning.export.metadata import check_normalisation
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.pipeline.folder import FinishedStage, held
 from kd_lightning.pipeline.measure import OpenFile
-from kd_lightning.pipeline.records import Quantized, Result, best_on_validation
 from kd_lightning.pipeline.run import on_split, result_of
 from kd_lightning.pipeline.training import Answers, Training
 from kd_lightning.quantization import QuantizationSpec, calibrate, exportable, prepare, quantized_layers
+from kd_lightning.records import Quantized, Result, best_on_validation
 from kd_lightning.tasks import Task
 
 Run = Callable[[Training], FinishedStage]

@@ -36,10 +36,10 @@ from kd_lightning.pipeline.folder import (
     held_by_ranks,
 )
 from kd_lightning.pipeline.measure import parameters, size_mb
-from kd_lightning.pipeline.records import Result
 from kd_lightning.pipeline.training import Answers, Training
 from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.quantization import prepare
+from kd_lightning.records import Result
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
@@ -144,7 +144,7 @@ def result_of(model: Training | Result, task: Task, tested: Tested, validation: 
         task: Says what it is worth.
         tested: On the test split.
         validation: On the other one.
-        others: Of :class:`~kd_lightning.pipeline.records.Result`.
+        others: Of :class:`~kd_lightning.records.Result`.
     """
     figures = {**others.pop("figures", {}), "val": task.headline.value(_array(validation.scores))}
     return Result(

@@ -19,7 +19,7 @@ from kd_lightning.durable_files import sha256_of
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.module import DistillationModule
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.pipeline.records import Result, Role
+from kd_lightning.records import Result, Role
 from kd_lightning.source_code import hashes_of, package_hash
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import Stored, Teacher, TeacherSource

@@ -2,7 +2,7 @@
 
 import re
 
-from kd_lightning.pipeline.records import Verdict
+from kd_lightning.records import Verdict
 from kd_lightning.report.table import Table, comparison, overview
 from kd_lightning.report.words import say
 

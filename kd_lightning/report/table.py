@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kd_lightning.pipeline.records import FIGURES, Figure, Model, Verdict
+from kd_lightning.records import FIGURES, Figure, Model, Verdict
 from kd_lightning.report.words import change, percent, title
 from kd_lightning.tasks import Headline
 

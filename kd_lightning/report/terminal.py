@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from kd_lightning.pipeline.records import Verdict
+from kd_lightning.records import Verdict
 from kd_lightning.report.table import Table, comparison, overview
 from kd_lightning.report.words import say
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.durable_files import write_atomically
-from kd_lightning.pipeline.records import Verdict
+from kd_lightning.records import Verdict
 from kd_lightning.report.words import say
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from kd_lightning.pipeline.records import TITLES, Interval, Model, Verdict
+from kd_lightning.records import TITLES, Interval, Model, Verdict
 from kd_lightning.tasks import Headline
 
 

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from kd_lightning import DistillationModule
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.data import FashionMNIST
+from kd_lightning.export.batches import as_batch
 from kd_lightning.losses import KD, HardLabel, kd
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.models import CNN8, CNN64, CIFARResNet, resnet8x4
-from kd_lightning.pipeline.measure import NAMES, open_file
+from kd_lightning.pipeline.measure import NAMES, OpenFile
 from kd_lightning.processor import describe
 from kd_lightning.quantization import QuantizationSpec, calibrate, prepare, set_fake_quantization
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
@@ -223,14 +224,14 @@ def runtimes() -> None:
             print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters; file int8 / float "
                   f"{sizes['int8'] / sizes['float']:.2f}; {integer_operators(paths['int8'])}")  # fmt: skip
             for runtime in installed:
-                sessions = {kind: open_file(path, runtime) for kind, path in paths.items()}
+                files = {kind: OpenFile(path, runtime) for kind, path in paths.items()}
                 for size in (1, 64):
-                    x = torch.randn(size, 3, 32, 32).numpy()
+                    batch = as_batch(torch.randn(size, 3, 32, 32))
+                    calls = {kind: partial(file.run, file.feed(batch)) for kind, file in files.items()}
                     repeats, ratios = 100 if size == 1 else 5, []
                     for turn in range(ROUNDS + 1):
                         ms = {
-                            kind: 1e3 * timed(partial(repeat, partial(run, x), repeats)) / repeats
-                            for kind, run in sessions.items()
+                            kind: 1e3 * timed(partial(repeat, call, repeats)) / repeats for kind, call in calls.items()
                         }
                         if turn:
                             ratios.append(ms["int8"] / ms["float"])

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.records import Quantized, Result
+from kd_lightning.records import Quantized, Result
 from kd_lightning.report.terminal import print_verdict
 from kd_lightning.report.words import say
 from kd_lightning.tasks import Classification, Headline, Task

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kd_lightning.pipeline.compare import against_teacher, compare
-from kd_lightning.pipeline.records import Result
 from kd_lightning.pipeline.statistics import Performance, holm, paired_difference, paired_p_value
+from kd_lightning.records import Result
 from tests.pipeline.finished_runs import (
     CLASSES,
     TARGET,

@@ -15,7 +15,7 @@ from kd_lightning.export import export
 from kd_lightning.export.batches import part
 from kd_lightning.pipeline import measure as module
 from kd_lightning.pipeline.measure import OpenFile, measure, measure_files, parameters, size_mb
-from kd_lightning.pipeline.records import FIGURES
+from kd_lightning.records import FIGURES
 from kd_lightning.tasks import Batch
 
 LATENCIES = ("latency_ms_p50", "latency_ms_p95", "throughput_per_s")

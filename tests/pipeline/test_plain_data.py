@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from kd_lightning.cli import conf_dir, pipeline
-from kd_lightning.pipeline.records import Verdict
+from kd_lightning.records import Verdict
 from kd_lightning.stored_outputs import verify
 from tests.tiny import Network, loader, samples
 

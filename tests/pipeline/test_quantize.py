@@ -17,8 +17,8 @@ from kd_lightning.cli import conf_dir, pipeline
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models import CNN8
 from kd_lightning.pipeline.quantize import QuantizationPlan
-from kd_lightning.pipeline.records import Result
 from kd_lightning.quantization import QuantizationSpec
+from kd_lightning.records import Result
 from tests.command import TINY, copied, kd_lightning
 from tests.pipeline.test_pipeline import MAIN, runs
 from tests.pipeline.tiny_training import TinyData, made, run

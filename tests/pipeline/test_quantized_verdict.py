@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.records import Result
+from kd_lightning.records import Result
 from tests.pipeline.finished_runs import (
     LABELS,
     TASK,

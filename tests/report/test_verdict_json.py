@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.pipeline.records import FIGURES
+from kd_lightning.records import FIGURES
 from kd_lightning.report.verdict_json import as_dict, write_verdict
 from kd_lightning.report.words import say
 from tests.pipeline.finished_runs import TASK, latency, measured, run, runs, verdict
