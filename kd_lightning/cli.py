@@ -27,9 +27,9 @@ from kd_lightning.configuration.keys import STAGES, check_keys
 from kd_lightning.configuration.parts import Part, by_name, target_of
 from kd_lightning.pipeline.pipeline import Pipeline
 from kd_lightning.pipeline.quantize import QuantizationPlan
-from kd_lightning.records import TITLES, Role, Verdict
 from kd_lightning.pipeline.training import Training, taught_from_disk, taught_through
 from kd_lightning.preflight.trainer import check_limits
+from kd_lightning.records import TITLES, Role, Verdict
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import Stored, Teacher
 from kd_lightning.tracking.calls import without_credentials

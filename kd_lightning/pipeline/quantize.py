@@ -17,13 +17,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.configuration.arguments import explained
 from kd_lightning.data.contract import Data
+from kd_lightning.evaluation import evaluate
 from kd_lightning.export import export, integer_operators
 from kd_lightning.export.batches import part
 from kd_lightning.export.metadata import check_normalisation
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.pipeline.folder import FinishedStage, held
 from kd_lightning.pipeline.measure import OpenFile
-from kd_lightning.pipeline.run import on_split, result_of
+from kd_lightning.pipeline.run import result_of
 from kd_lightning.pipeline.training import Answers, Training
 from kd_lightning.quantization import QuantizationSpec, calibrate, exportable, prepare, quantized_layers
 from kd_lightning.records import Quantized, Result, best_on_validation
@@ -77,7 +78,7 @@ class Quantization:
         _export(network, self.task, data, file, precision)
         answering = OpenFile(file)
         validation, tested = (
-            on_split(self.task, answering, loader, answers)
+            evaluate(self.task, answering, loader, answers)
             for loader, answers in zip(
                 (data.val_dataloader(), data.test_dataloader()), teacher or (None, None), strict=True
             )

@@ -4,28 +4,27 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.data.contract import Data
+from kd_lightning.evaluation import Evaluation, as_array, evaluate, teacher_entropy
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective, find_objective
-from kd_lightning.outputs import Outputs, TopK, run
+from kd_lightning.outputs import run
 from kd_lightning.pipeline.folder import (
     LAST,
     AtomicCheckpointIO,
@@ -41,13 +40,11 @@ from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.quantization import prepare
 from kd_lightning.records import Result
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
-from kd_lightning.tasks import Batch, Task
-from kd_lightning.tasks.base import in_a_row
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import Stored, Teacher, TeacherSource
 from kd_lightning.tracking.runs import is_rank_zero
 
 _STEPS_BETWEEN_CHECKPOINTS = 50
-_ENTROPY_SAMPLES = 2000
 
 
 def run_stage(
@@ -90,53 +87,9 @@ def run_stage(
     return finished(result=result, reused=False)
 
 
-class Tested(NamedTuple):
-    """What came of a model on one split.
-
-    Attributes:
-        answers: (N, ...), by unit.
-        scores: (M, ...), of the M units with a label.
-        target: Of all units; None where none has a label.
-    """
-
-    answers: Tensor
-    scores: Tensor
-    target: Tensor | None
-
-
-@torch.inference_mode()
-def on_split(
-    task: Task,
-    model: Callable[[Batch], Outputs],
-    loader: Any,
-    teacher: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Tested:
-    """Ask the task what a model's outputs are worth on one split.
-
-    Args:
-        task: Says what a good answer is.
-        model: A network, or the file that serves it.
-        loader: Of the split.
-        teacher: The teacher's answers, for a task whose units have no labels; None for the teacher, which agrees with
-            itself.
-        device: Of the model.
-    """
-    answers, scores, known = list[Tensor](), list[Tensor](), list[Tensor]()
-    for batch in _batches(task, loader, device):
-        outputs = task.arranged(model(batch))
-        answers.append(task.without_padding(task.answers(outputs), batch.target).cpu())
-        if task.labelled:
-            assert batch.target is not None
-            scores.append(task.scores(outputs, batch.target).cpu())
-            known.append(batch.target.cpu())
-    every = task.joined(answers)
-    if not task.labelled:
-        return Tested(every, task.agreement(every, every if teacher is None else teacher), None)
-    return Tested(every, torch.cat(scores), in_a_row(known))
-
-
-def result_of(model: Training | Result, task: Task, tested: Tested, validation: Tested, **others: Any) -> Result:
+def result_of(
+    model: Training | Result, task: Task, tested: Evaluation, validation: Evaluation, **others: Any
+) -> Result:
     """Return the record of a model on the test split, with its headline on the validation split.
 
     Args:
@@ -146,15 +99,15 @@ def result_of(model: Training | Result, task: Task, tested: Tested, validation: 
         validation: On the other one.
         others: Of :class:`~kd_lightning.records.Result`.
     """
-    figures = {**others.pop("figures", {}), "val": task.headline.value(_array(validation.scores))}
+    figures = {**others.pop("figures", {}), "val": validation.value(task)}
     return Result(
         role=model.role,
         label=model.label,
         method=model.method,
         seed=model.seed,
-        answers=_array(tested.answers),
-        scores=_array(tested.scores.double()),
-        target_digest=_digest(tested),
+        answers=as_array(tested.answers),
+        scores=as_array(tested.scores.double()),
+        target_digest=tested.digest(),
         learned_nothing=task.learned_nothing(tested.answers, tested.scores, tested.target),
         figures=figures,
         **others,
@@ -358,13 +311,13 @@ def _test(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.eval().to(device)
     validation, tested = (
-        on_split(training.task, lambda batch: run(network, batch.args, batch.kwargs), loader, answers, device)
+        evaluate(training.task, lambda batch: run(network, batch.args, batch.kwargs), loader, answers, device)
         for loader, answers in zip((data.val_dataloader(), data.test_dataloader()), judge or (None, None), strict=True)
     )
     figures = {"train_seconds": fit.seconds, "params": float(parameters(network)), "size_mb": size_mb(network)}
     last = next(iter(fit.last.values()), None)
     if fit.teacher is not None and last is not None:
-        entropy = _teacher_entropy(training.task, fit.teacher, data.train_dataloader(), last, device)
+        entropy = teacher_entropy(training.task, fit.teacher, data.train_dataloader(), last, device)
         figures |= {"teacher_entropy": entropy} if entropy is not None else {}
     network.cpu()
     temperature = _range(fit.first, fit.last)
@@ -401,38 +354,3 @@ def _epochs_between_checkpoints(data: Data) -> int:
     except TypeError:  # an iterable data set has no length
         return 1
     return math.ceil(_STEPS_BETWEEN_CHECKPOINTS / max(steps, 1))
-
-
-@torch.no_grad()
-def _teacher_entropy(
-    task: Task, teacher: TeacherSource, loader: Any, temperature: float, device: torch.device
-) -> float | None:
-    teacher.to(device)
-    entropies: list[Tensor] = []
-    count = 0
-    for batch in _batches(task, loader, device):
-        if not teacher.can_teach(batch):
-            continue
-        outputs = task.arranged(teacher(batch)).softened(temperature)
-        entropy = None if isinstance(outputs, TopK) else task.entropy(outputs.logits, temperature)
-        if entropy is None:
-            return None
-        entropies.append(entropy * len(outputs.logits))
-        count += len(outputs.logits)
-        if count >= _ENTROPY_SAMPLES:
-            break
-    return float(torch.stack(entropies).sum()) / count if count else None
-
-
-def _batches(task: Task, loader: Any, device: torch.device | str) -> Iterator[Batch]:
-    for batch in loader:
-        yield task.read(move_data_to_device(batch, torch.device(device)))
-
-
-def _array(x: Tensor) -> NDArray[Any]:
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def _digest(tested: Tested) -> str:
-    content = f"{len(tested.answers)}".encode() if tested.target is None else _array(tested.target).tobytes()
-    return hashlib.sha256(content).hexdigest()

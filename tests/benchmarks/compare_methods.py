@@ -18,8 +18,8 @@ from rich.console import Console
 
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.pipeline.compare import compare as compared
-from kd_lightning.records import Result, Verdict
 from kd_lightning.pipeline.training import Training
+from kd_lightning.records import Result, Verdict
 from kd_lightning.report.terminal import print_verdict
 from tests.benchmarks.bare_training import Job, predict, validation_accuracy
 
