@@ -1,5 +1,6 @@
 """Tiny sets in the publisher's format, read by the real reader."""
 
+import gzip
 import hashlib
 import io
 import pickle
@@ -35,7 +36,8 @@ def archive(kind: type, **replaced: bytes) -> bytes:
         contents |= {name: records[i * size : (i + 1) * size] for i, name in enumerate(members)}
     contents |= replaced
     written = io.BytesIO()
-    with tarfile.open(fileobj=written, mode="w:gz") as tar:
+    # Without the time, which would make the same content another file a second later.
+    with gzip.GzipFile(fileobj=written, mode="wb", mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in contents.items():
             info = tarfile.TarInfo(f"{kind.prefix}/{name}")
             info.size = len(content)
