@@ -127,7 +127,7 @@ class QuantizationPlan:
         learning_rate: As a share of that of the students.
         freeze_observers: Share of the steps after which the ranges of activations stay.
         freeze_batch_norm: Share of the steps after which the statistics of batch norm stay.
-        calibration_images: How many training images find the ranges where there is no training.
+        calibration_samples: How many training images find the ranges where there is no training.
     """
 
     spec: QuantizationSpec = field(default_factory=QuantizationSpec)
@@ -136,10 +136,10 @@ class QuantizationPlan:
     learning_rate: float = 0.1
     freeze_observers: float = 0.75
     freeze_batch_norm: float = 0.75
-    calibration_images: int = 256
+    calibration_samples: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("steps", "calibration_images"):
+        for name in ("steps", "calibration_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected quantized.{name} of 1 or more, got {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -179,7 +179,7 @@ class QuantizationPlan:
             data_of=source.training.data_of or role,
             label=f"{role} PTQ {long}" if role == "distilled" and spec == self.spec else f"{role} {long}",
             method=f"{role}-ptq-{short}",
-            config=_config(source, {"spec": asdict(spec), "calibration_images": self.calibration_images}),
+            config=_config(source, {"spec": asdict(spec), "calibration_samples": self.calibration_samples}),
             network=source.network,
             checkpoint=None,
             quantization=self._quantization(source, source, spec, trained=False),
@@ -228,7 +228,7 @@ class QuantizationPlan:
             source=source.result.label,
             spec=spec,
             trained=trained,
-            samples=self.calibration_images,
+            samples=self.calibration_samples,
             task=source.training.task,
             in_float=in_float.result.answers,
         )

@@ -41,6 +41,10 @@ class Headline:
     digits: int = 1
     of_mean: Callable[[NDArray[np.float64]], float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.digits < 0:
+            raise ValueError(f"expected digits of 0 or more, got {self.digits}")
+
     def value(self, scores: ArrayLike) -> float:
         """Return the figure of some units.
 

@@ -42,7 +42,8 @@ class MultiLabel(Task):
         return target.long() if whole else target
 
     def has_label(self, target: Tensor) -> Tensor:
-        return (target != IGNORE_INDEX).flatten(1).any(1)
+        known = target != IGNORE_INDEX
+        return known.flatten(1).any(1) if known.ndim > 1 else known  # what is no multi-hot target is refused later
 
     def average(self, members: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
         """Return the logits whose sigmoid at T is the average of the members' probabilities at T."""

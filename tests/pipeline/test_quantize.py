@@ -206,7 +206,7 @@ def run_here(*overrides: str) -> None:
 
 def quantised(stages: Path, spec: QuantizationSpec, **changes: Any) -> Result:
     """What becomes of a student alone after post-training quantisation."""
-    plan = QuantizationPlan(spec=spec, weights_only=None, calibration_images=16)
+    plan = QuantizationPlan(spec=spec, weights_only=None, calibration_samples=16)
     (stage,) = plan.run([made(stages, "student", **changes)], lambda training: run(stages, training))
     return stage.result
 

@@ -68,6 +68,11 @@ ON_LOGITS = (
     "nkd", "reverse_kl", "rld", "skewed_forward_kl", "skewed_reverse_kl", "symmetric_kl", "top_k_kl",
     "total_variation", "ttm", "uld", "wttm",
 )  # fmt: skip
+REGRESSION = (
+    "task=regression", "data=diabetes", "models@teacher.network=tabular64", "models@student.network=tabular4",
+    "losses@teacher.losses=[label_regression]", "losses@student.losses=[label_regression]",
+    "losses=[label_regression,teacher_regression]", "stages=[teacher,student,distilled,quantized,verdict]",
+)  # fmt: skip
 ON_VECTORS = ("cc", "crd", "pkt", "rkd", "sp")
 
 
@@ -94,6 +99,9 @@ def valid() -> Iterator[tuple[tuple[str, ...], str]]:
     yield ("models@student.network=mlp32",), "student.network"
     yield ("optimizer@teacher.optimizer=sgd", "teacher.optimizer.lr=0.05"), "teacher.optimizer"
     yield ("scheduler@teacher.scheduler=cosine",), "teacher.scheduler"
+    yield ("experiment=fashion_mnist/embedding",), "task"
+    yield ("experiment=shakespeare/punctuation",), "task"
+    yield REGRESSION, "task"
 
 
 OUT_OF_RANGE: dict[str, dict[str, str]] = yaml.safe_load((FOLDER / "out_of_range.yaml").read_text())
@@ -151,6 +159,7 @@ def _of_groups() -> Iterator[Bad]:
     for group, wrong in {
         "losses": "[hard_label,kdd]", "losses@teacher.losses": "[hardlabel]", "losses@student.losses": "[label]",
         "losses@control.losses": "[deit]", "models@teacher.network": "cnn65", "models@student.network": "cnn9",
+        "task": "clasification",
         "optimizer": "adem", "optimizer@teacher.optimizer": "lion", "scheduler": "onecycle", "data": "mnist",
         "scheduler@teacher.scheduler": "cosin", "trainer": "fast", "teachers": "alive", "callbacks": "[temperature]",
         "quantization@quantized.spec": "int9", "quantization@quantized.weights_only": "weights_3bit",
@@ -158,7 +167,7 @@ def _of_groups() -> Iterator[Bad]:
     }.items():  # fmt: skip
         yield Bad((f"{group}={wrong}",), (group.partition("@")[0],), "no such option")
         yield Bad((f"{group[:-1]}={wrong}",), (group[:-1].partition("@")[0],), "no such group")
-    for group in ("optimizer", "losses", "data", "trainer", "teachers"):
+    for group in ("optimizer", "losses", "data", "task", "trainer", "teachers"):
         yield Bad((f"{group}=null",), (group,), "nothing")
         yield Bad((f"~{group}",), (group,), "taken out")
     yield Bad(("losses=[]",), ("losses",), "none")

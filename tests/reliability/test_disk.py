@@ -19,7 +19,7 @@ from tests.reliability.preloaded import Command, Preloaded
 pytestmark = pytest.mark.integration
 
 SMALL = ["teacher.trainer.max_steps=40", "trainer.max_steps=12", "trainer.log_every_n_steps=2", "seeds=[0]"]
-ROWS = [*SMALL, "quantized.steps=8", "quantized.calibration_images=64"]
+ROWS = [*SMALL, "quantized.steps=8", "quantized.calibration_samples=64"]
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_a_signal_outside_a_training_closes_the_runs(
     start: Callable[..., Command], database: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     uri = local(tmp_path, database)
-    arguments = [*SHORT[:3], "stages=[teacher,student,quantized]", "quantized.calibration_images=6000", "name=ended"]
+    arguments = [*SHORT[:3], "stages=[teacher,student,quantized]", "quantized.calibration_samples=6000", "name=ended"]
     command = start(*arguments)
     quantizing = lambda: list(tmp_path.glob("mlruns/stages/quantized-teacher-ptq*/run_id"))  # noqa: E731
     assert command.wait_until(quantizing, 200), command.printed()
