@@ -36,7 +36,7 @@ class ShapeGeometry(SplitData):
     pixels_per_unit = 6.0
     value_names = ("right of the centre", "below the centre", "radius")
     input_shape = (1, 28, 28)
-    mean, std = (0.5,), (0.305,)
+    mean, std = (0.5,), (0.295,)
 
     def __init__(
         self,

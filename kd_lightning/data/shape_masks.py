@@ -7,11 +7,11 @@ from kd_lightning.data.in_memory import InMemory
 from kd_lightning.data.shapes import KINDS, NOTHING, draw_scenes
 from kd_lightning.data.split_data import SplitData, check_counts
 
-MOST_SHAPES = 3
+MOST_SHAPES = 2
 
 
 class ShapeMasks(SplitData, ImageData):
-    """32×32 grey images of one to three shapes on stripes and in noise; the target is a class at each pixel.
+    """24×24 grey images of one or two shapes on stripes and in noise; the target is a class at each pixel.
 
     Args:
         teacher_images: How many images the teacher trains on.
@@ -25,7 +25,7 @@ class ShapeMasks(SplitData, ImageData):
         role: See :class:`~kd_lightning.data.FashionMNIST`.
         seed: Seed of the order of the training images, together with the epoch.
 
-    Shape: target (N, 32, 32) in 0 to 4.
+    Shape: target (N, 24, 24) in 0 to 4.
 
     >>> ShapeMasks(teacher_images=10, labelled=5).counts
     {'teacher': 10, 'labelled': 5, 'unlabelled': 0, 'validation': 500, 'test': 1000}
@@ -33,8 +33,8 @@ class ShapeMasks(SplitData, ImageData):
 
     class_names = ("background", *KINDS)
     num_classes = len(class_names)
-    input_shape = (1, 32, 32)
-    mean, std = (0.5,), (0.305,)
+    input_shape = (1, 24, 24)
+    mean, std = (0.5,), (0.295,)
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class ShapeMasks(SplitData, ImageData):
         labelled: int = 100,
         unlabelled: int = 0,
         noise: float = 0.05,
-        batch_size: int = 32,
+        batch_size: int = 16,
         eval_batch_size: int = 250,
         num_workers: int = 0,
         split_seed: int = 0,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KINDS = ("disc", "square", "triangle", "cross")
-RADII = 0.15, 0.3
+RADII = 0.17, 0.34
 """The smallest and the largest circle around a shape, as shares of the image's edge."""
 NOTHING = 0
 """Of a map: a pixel without shape. A shape's pixels are 1 and its kind's place in :data:`KINDS`."""

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from kd_lightning.data import ShapeGeometry, ShapeMasks
-from kd_lightning.data.shapes import KINDS, NOTHING, draw_scenes, inside
+from kd_lightning.data.shapes import KINDS, NOTHING, RADII, draw_scenes, inside
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_more_scenes_begin_with_the_fewer_and_noise_lies_over_all() -> None:
 def test_masks_hold_every_class_and_unlabelled_images_none() -> None:
     data = ShapeMasks(teacher_images=400, labelled=30, unlabelled=20)
     target = data.subset("teacher").target
-    assert target.shape == (400, 32, 32)
+    assert target.shape == (400, 24, 24)
     shares = [(target == c).any((1, 2)).float().mean().item() for c in range(len(data.class_names))]
     assert data.class_names == ("background", *KINDS)
-    assert shares == pytest.approx([1, 0.4, 0.4, 0.4, 0.4], abs=0.12)
+    assert shares == pytest.approx([1, 0.34, 0.34, 0.34, 0.34], abs=0.1)
     assert data.subset("unlabelled").target.unique().tolist() == [-100]
     images, masks = next(iter(ShapeMasks(role="teacher").train_dataloader()))
-    assert (images.shape, masks.shape, masks.dtype) == ((32, 1, 32, 32), (32, 32, 32), torch.int64)
+    assert (images.shape, masks.shape, masks.dtype) == ((16, 1, 24, 24), (16, 24, 24), torch.int64)
 
 
 def test_the_values_are_where_the_disc_is() -> None:
@@ -78,7 +78,7 @@ def test_the_values_are_where_the_disc_is() -> None:
     clean = data.subset("teacher")
     measured = 0
     for image, value in zip(clean.images[:, 0].float(), clean.target, strict=True):
-        x, y, radius = (value * data.pixels_per_unit + torch.tensor([14, 14, 0.225 * 28])).tolist()
+        x, y, radius = (value * data.pixels_per_unit + torch.tensor([14, 14, sum(RADII) / 2 * 28])).tolist()
         row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
         distance = torch.hypot(column - x, row - y)
         if min(x, y, 27 - x, 27 - y) < radius + 2:

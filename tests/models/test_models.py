@@ -42,7 +42,7 @@ def test_the_small_networks_are_as_small_as_they_say():
     assert parameters(MLP32()) == 25_450
     assert parameters(CNN64()) == 107_978
     assert parameters(UNet(width=12)) == 136_781
-    assert parameters(UNet(width=6, depth=2)) == 8_309
+    assert parameters(UNet(width=8, depth=2)) == 14_677
 
 
 @pytest.mark.parametrize("name", NETWORKS)
