@@ -215,7 +215,7 @@ def test_a_file_that_disagrees_is_not_kept_and_the_worst_layer_named(tmp_path) -
         network(images(32, 3, 32))  # batch statistics as of this network
     (tmp_path / "s.onnx").write_text("old")
     with pytest.raises(
-        ValueError, match=r"s.onnx in int4 .* agrees with CIFARResNet on .* expected 99.9%; .* 'layer2.0.\w+2'"
+        ValueError, match=r"s.onnx in int4 agrees with CIFARResNet on .* expected 99.9%; .* 'layer2.0.\w+2'"
     ):
         export(network, images(32, 3, 32), tmp_path / "s.onnx", precision="int4", least_agreement=0.999)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
