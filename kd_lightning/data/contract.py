@@ -117,8 +117,8 @@ class Data:
         return loader.dataset
 
     def collate_fn(self) -> Callable[[Any], Any] | None:
-        """Return how the training loader makes a batch of samples; None for PyTorch's way, or the data set's own."""
-        return None if self._found("training_set") is not None else self._plain_loader().collate_fn
+        """Return how the training loader makes a batch of samples; None where it does not say."""
+        return getattr(self._plain_loader(), "collate_fn", None)
 
     def train_dataloader(self) -> Any:
         return self.module.train_dataloader()

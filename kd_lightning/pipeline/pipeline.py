@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -30,6 +29,7 @@ from kd_lightning.report.markdown import as_markdown
 from kd_lightning.report.terminal import StageProgress, print_verdict
 from kd_lightning.report.verdict_json import write_verdict
 from kd_lightning.tasks import Task
+from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 
@@ -242,10 +242,10 @@ class Pipeline:
 
     def _parts(self, data: Data) -> dict[str, NDArray[np.bool_]]:
         """Return the parts of the test units that the task compares on their own."""
-        if not self.task.labelled or type(self.task).parts is Task.parts:
+        if not (self.task.labelled and self.task.has_parts):
             return {}
         targets = [self.task.read(batch).target for batch in data.test_dataloader()]
-        return self.task.parts(torch.cat([target for target in targets if target is not None]), data.class_names)
+        return self.task.parts(in_a_row([target for target in targets if target is not None]), data.class_names)
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()

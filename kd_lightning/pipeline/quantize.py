@@ -121,13 +121,13 @@ class QuantizationPlan:
     it, the same further steps in float, since these alone may be what helps.
 
     Attributes:
-        spec: Of all but the following.
-        weights_only: Of a further post-training quantisation of the distilled student; None for none.
-        steps: Of the training, further ones.
+        spec: Bits, ranges and layers of all but the following.
+        weights_only: Those of a further post-training quantisation of the distilled student; None for none.
+        steps: Number of further steps of the distilled student.
         learning_rate: As a share of that of the students.
         freeze_observers: Share of the steps after which the ranges of activations stay.
         freeze_batch_norm: Share of the steps after which the statistics of batch norm stay.
-        calibration_samples: How many training images find the ranges where there is no training.
+        calibration_samples: How many training samples find the ranges where there is no training.
     """
 
     spec: QuantizationSpec = field(default_factory=QuantizationSpec)

@@ -211,6 +211,11 @@ class Task:
         value = self.headline.value(found)
         return value <= nothing + margin if self.headline.higher_is_better else value >= nothing - margin
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether :meth:`parts` has any, for which all test targets are read."""
+        return type(self).parts is not Task.parts
+
     def parts(self, target: Tensor, names: Sequence[str] | None = None) -> dict[str, NDArray[np.bool_]]:
         """Return parts of the labelled units whose headline is of interest on its own, by how it is called.
 

@@ -81,6 +81,10 @@ class Classification(Task):
         one_class = target is not None and self.knows_nothing(target) is None  # where one answer is the right one
         return None if one_class else super().learned_nothing(answers, scores, target)
 
+    @property
+    def has_parts(self) -> bool:
+        return bool(self.recall_classes)
+
     def parts(self, target: Tensor, names: Sequence[str] | None = None) -> dict[str, NDArray[np.bool_]]:
         """Return the units of each of :attr:`recall_classes`: ``recall on 'ankle boot'``.
 
