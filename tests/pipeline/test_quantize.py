@@ -110,7 +110,7 @@ def test_the_verdict_has_a_row_for_each_and_says_what_it_costs(quantized) -> Non
     words = " ".join(printed.split())
     assert " ".join(verdict["sentence"].split()) in words
     assert all(finding in words for finding in verdict["findings"])
-    assert re.search(r"In int8, .*PTQ", words)
+    assert re.search(r"In int8(, against fp32| no loss was shown): .*PTQ", words)
     assert re.search(r"Against the teacher (distilled (PTQ|QAT) int8|it) is [\d.]+ times smaller", words)
     assert "INFO" not in printed
 
