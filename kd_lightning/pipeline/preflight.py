@@ -213,8 +213,9 @@ def _check_optimizer(training: Training, module: DistillationModule, steps: floa
         optimizer: Any = configured(parameters, training.optimizer, None, SimpleNamespace())  # type: ignore[arg-type]
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected an optimizer, got {type(optimizer).__name__}")
+        begun_with = learning_rates(optimizer)
         if training.scheduler is None:
-            check_learning_rates([learning_rates(optimizer)])
+            check_learning_rates([begun_with])
     if training.scheduler is None:
         return
     with training.errors("scheduler"):
@@ -232,6 +233,9 @@ def _check_optimizer(training: Training, module: DistillationModule, steps: floa
         for _ in range(int(steps) if math.isfinite(steps) else 100):
             scheduler.step()
             rates.append(learning_rates(optimizer))
+        if not any(map(any, rates)) and not any(begun_with):
+            with training.errors("optimizer"):  # whose rate the scheduler's follow
+                check_learning_rates([begun_with])
         negative = {name: x for name, x in (training.config.get("scheduler") or {}).items() if _is_negative(x)}
         check_learning_rates(rates, "".join(f", with {name}={x}" for name, x in negative.items()))
 
