@@ -9,12 +9,13 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_lightning.outputs import Outputs, TopK
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.teachers import TeacherSource
 
 _ENTROPY_SAMPLES = 2000
+_BATCHES_BESIDE = 8
 
 
 class Evaluation(NamedTuple):
@@ -70,6 +71,30 @@ def evaluate(
     if not task.labelled:
         return Evaluation(every, task.agreement(every, every if teacher is None else teacher), None)
     return Evaluation(every, torch.cat(scores), in_a_row(known))
+
+
+@torch.inference_mode()
+def beside_teacher(
+    task: Task,
+    student: Callable[[Batch], Outputs],
+    teacher: Callable[[Batch], AnyOutputs],
+    loader: Any,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Return what the task says of two models' outputs beside each other, over some eight batches of a split.
+
+    They lie evenly over the split, as neighbours are often of one text.
+    """
+    length = len(loader) if hasattr(loader, "__len__") else 1
+    every = max(1, length // _BATCHES_BESIDE)
+    found: dict[str, list[Tensor]] = {}
+    for number, batch in enumerate(_batches(task, loader, device)):
+        if number % every or batch.target is None:
+            continue
+        outputs = task.beside(task.arranged(student(batch)), task.arranged(teacher(batch)), batch.target)
+        for key, values in outputs.items():
+            found.setdefault(key, []).append(values.double().cpu())
+    return {key: float(torch.cat(values).mean()) for key, values in found.items()}
 
 
 @torch.no_grad()

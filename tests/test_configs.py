@@ -24,6 +24,7 @@ MISSING = {  # what a yaml leaves to the user
     "student_classifier": "e",
     "teacher_classifier": "f",
     "folder": "images",
+    "files": [__file__],
 }
 
 

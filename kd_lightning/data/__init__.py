@@ -6,8 +6,10 @@ from kd_lightning.data.fashion_items import FashionItems
 from kd_lightning.data.fashion_mnist import FashionMNIST
 from kd_lightning.data.image_folder import ImageFolder
 from kd_lightning.data.punctuation import ShakespearePunctuation
+from kd_lightning.data.shakespeare_text import ShakespeareText
 from kd_lightning.data.shape_geometry import ShapeGeometry
 from kd_lightning.data.shape_masks import ShapeMasks
+from kd_lightning.data.texts import TextData, TextFiles
 from kd_lightning.data.with_ids import WithIds
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     "FashionMNIST",
     "ImageFolder",
     "ShakespearePunctuation",
+    "ShakespeareText",
     "ShapeGeometry",
     "ShapeMasks",
+    "TextData",
+    "TextFiles",
     "WithIds",
 ]

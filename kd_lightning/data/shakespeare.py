@@ -55,12 +55,12 @@ def read_plays(file: Path = PACKAGED) -> dict[str, str]:
 
 
 def divide(
-    student: Sequence[str] = ("hamlet",), teacher: Sequence[str] | None = None, share: bool = False
+    student: Sequence[str] | None = ("hamlet",), teacher: Sequence[str] | None = None, share: bool = False
 ) -> dict[str, tuple[str, ...]]:
     """Divide the plays' names among ``teacher``, ``student``, ``validation`` and ``test``; no play is in two of them.
 
     Args:
-        student: Plays that the student trains on.
+        student: Plays that the student trains on; None for the teacher's, which are then shared.
         teacher: Plays that the teacher trains on; all that are left unless given.
         share: Whether the student's plays may be the teacher's as well.
 
@@ -71,9 +71,11 @@ def divide(
     31
     """
     held_out = {"validation": VALIDATION, "test": TEST}
-    taken = [*VALIDATION, *TEST, *([] if share else student)]
+    taken = [*VALIDATION, *TEST, *([] if share or student is None else student)]
     if teacher is None:
         teacher = [name for name in read_plays() if name not in taken]
+    if student is None:
+        student, share = teacher, True
     for role, names in (("student", student), ("teacher", teacher)):
         _check_names(role, names)
     both = sorted(set(student) & set(teacher))

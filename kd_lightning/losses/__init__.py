@@ -34,6 +34,7 @@ from kd_lightning.losses.pkt import PKT, pkt
 from kd_lightning.losses.review_kd import ReviewKD, hierarchical_context
 from kd_lightning.losses.rkd import RKD, rkd_angle, rkd_distance
 from kd_lightning.losses.rld import RLD, rld
+from kd_lightning.losses.sampled_label import SampledLabel, sampled_label
 from kd_lightning.losses.sequence_kl import ForwardKL, ReverseKL, SymmetricKL, forward_kl, reverse_kl, symmetric_kl
 from kd_lightning.losses.sigmoid_hard import SigmoidHard, sigmoid_hard
 from kd_lightning.losses.sigmoid_kd import SigmoidKD, sigmoid_kd
@@ -94,6 +95,7 @@ __all__ = [
     "LogitsMSE",
     "ReverseKL",
     "ReviewKD",
+    "SampledLabel",
     "SigmoidHard",
     "SigmoidKD",
     "SimKD",
@@ -145,6 +147,7 @@ __all__ = [
     "rkd_angle",
     "rkd_distance",
     "rld",
+    "sampled_label",
     "sigmoid_hard",
     "sigmoid_kd",
     "similarity_preserving",

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.data.contract import Data
-from kd_lightning.evaluation import Evaluation, as_array, evaluate, teacher_entropy
+from kd_lightning.evaluation import Evaluation, as_array, beside_teacher, evaluate, teacher_entropy
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective, find_objective
-from kd_lightning.outputs import run
+from kd_lightning.outputs import Outputs, run
 from kd_lightning.pipeline.folder import (
     LAST,
     AtomicCheckpointIO,
@@ -40,7 +40,7 @@ from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.quantization import prepare
 from kd_lightning.records import Result
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
-from kd_lightning.tasks import Task
+from kd_lightning.tasks import Batch, Task
 from kd_lightning.teachers import Stored, Teacher, TeacherSource
 from kd_lightning.tracking.runs import is_rank_zero
 
@@ -66,7 +66,8 @@ def run_stage(
         make_logger: Given the id of the run that an earlier attempt was logged to, or None, and what is to be called
             with this attempt's. Not called for a stage that is reused.
         callbacks: Of the caller, such as a progress display.
-        judge: The teacher by whose answers it is judged, for a task whose test units have no labels.
+        judge: The teacher by whose answers it is judged, for a task whose test units have no labels, or with whose
+            outputs its own are compared.
     """
     data = training.make_data()
     identities = (stage.folder.identity() if stage is not None else None for stage in (teacher, judge))
@@ -81,7 +82,8 @@ def run_stage(
             return finished(result=result, reused=True)
         logger = make_logger(folder.run_id, folder.remember)
         answers = judge.answers() if judge is not None and training.is_judged_by_teacher else None
-        _make(training, data, teacher, folder, logger, callbacks, answers)
+        beside = judge if training.is_beside_teacher else None
+        _make(training, data, teacher, folder, logger, callbacks, answers, beside)
         result = folder.result()
     assert result is not None
     return finished(result=result, reused=False)
@@ -161,6 +163,7 @@ def _make(
     logger: Logger | None,
     callbacks: list[Callback],
     judge: Answers | None,
+    beside: FinishedStage | None,
 ) -> None:
     """Train and test, and write what stays."""
     seed_everything(training.seed, verbose=False)
@@ -176,7 +179,7 @@ def _make(
         source = _teacher_of(training, data, teacher if training.needs_teacher else None, folder.path.parent)
         fit = _fit(training, network, data, source, folder, logger, callbacks)
     if is_rank_zero():
-        result, validation = _test(training, network, data, fit, judge)
+        result, validation = _test(training, network, data, fit, judge, beside)
         if training.quantization is not None:
             result = training.quantization.serve(result, network, data, folder.file, judge)
         kept = None if training.task.labelled or training.role != "teacher" else validation
@@ -299,7 +302,12 @@ def _fit(
 
 
 def _test(
-    training: Training, network: nn.Module, data: Data, fit: _Fit, judge: Answers | None
+    training: Training,
+    network: nn.Module,
+    data: Data,
+    fit: _Fit,
+    judge: Answers | None,
+    beside: FinishedStage | None,
 ) -> tuple[Result, Tensor]:
     """Judge the network on the validation split and, this once, on the test split.
 
@@ -310,11 +318,17 @@ def _test(
     data.setup("test")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.eval().to(device)
+
+    def answering(batch: Batch) -> Outputs:
+        return run(network, batch.args, batch.kwargs)
+
     validation, tested = (
-        evaluate(training.task, lambda batch: run(network, batch.args, batch.kwargs), loader, answers, device)
+        evaluate(training.task, answering, loader, answers, device)
         for loader, answers in zip((data.val_dataloader(), data.test_dataloader()), judge or (None, None), strict=True)
     )
     figures = {"train_seconds": fit.seconds, "params": float(parameters(network)), "size_mb": size_mb(network)}
+    if beside is not None:
+        figures |= _beside(training.task, answering, beside.network(), data, device)
     last = next(iter(fit.last.values()), None)
     if fit.teacher is not None and last is not None:
         entropy = teacher_entropy(training.task, fit.teacher, data.train_dataloader(), last, device)
@@ -323,6 +337,15 @@ def _test(
     temperature = _range(fit.first, fit.last)
     result = result_of(training, training.task, tested, validation, figures=figures, temperature=temperature)
     return result, validation.answers
+
+
+def _beside(
+    task: Task, answering: Callable[[Batch], Outputs], teacher: nn.Module, data: Data, device: torch.device
+) -> dict[str, float]:
+    teacher = teacher.eval().to(device)
+    return beside_teacher(
+        task, answering, lambda batch: run(teacher, batch.args, batch.kwargs), data.test_dataloader(), device
+    )
 
 
 def _range(first: Mapping[str, float], last: Mapping[str, float]) -> float | tuple[float, float] | None:

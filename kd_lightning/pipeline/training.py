@@ -165,6 +165,11 @@ class Training:
         """Whether its scores are its agreement with the finished teacher, as test units have no labels."""
         return not self.task.labelled and self.role != "teacher"
 
+    @property
+    def is_beside_teacher(self) -> bool:
+        """Whether its outputs are compared with those of the finished teacher, which is more than their answers."""
+        return self.task.has_beside and self.role != "teacher"
+
     def code(self) -> dict[str, str]:
         """Hash the code that it runs; see :mod:`kd_lightning.source_code`."""
         makes = (type(self.task), self.network, self.losses, self.data, self.trainer, self.callbacks, self.teacher)
@@ -181,7 +186,8 @@ class Training:
         Args:
             data: Made by :meth:`make_data`.
             teacher: What identifies the finished model ``taught_by``, where there is one.
-            judge: What identifies the finished teacher by whose answers it is judged, where test units have no labels.
+            judge: What identifies the finished teacher by whose answers it is judged, where test units have no labels,
+                or with whose outputs its own are compared.
         """
         config, of_data = dict(self.config), data.fingerprint()
         if of_data is not None:
@@ -193,7 +199,7 @@ class Training:
             "config": config,
             "code": self.code(),
             "teacher": teacher if self.needs_teacher else None,
-            "judge": judge if self.is_judged_by_teacher else None,
+            "judge": judge if self.is_judged_by_teacher or self.is_beside_teacher else None,
             "checkpoint": self.checkpoint and sha256_of(self.checkpoint),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -30,7 +30,8 @@ def first_batch(
         The batch as it came, and as the task reads it.
 
     Raises:
-        ValueError: For an empty loader, NaN in the inputs, missing labels, and a batch smaller than a loss needs.
+        ValueError: For an empty loader, NaN in the inputs, targets that are not what the task reads, missing labels,
+            and a batch smaller than a loss needs.
     """
     empty = True
     labels_needed = need_labels(objective)
@@ -38,6 +39,7 @@ def first_batch(
         empty = False
         batch = (read or task.read)(raw)
         _check_finite(batch)
+        task.check_batch(batch)
         if not labels_needed or _labelled(batch, task):
             break
     else:

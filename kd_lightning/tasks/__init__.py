@@ -5,6 +5,7 @@ from kd_lightning.tasks.batch import Batch, Identified, Taught, unwrapped
 from kd_lightning.tasks.classification import Classification, or_classification
 from kd_lightning.tasks.embedding import Embedding
 from kd_lightning.tasks.headline import Headline
+from kd_lightning.tasks.language_modelling import LanguageModelling, is_causal
 from kd_lightning.tasks.metric import HeadlineMetric
 from kd_lightning.tasks.multilabel import MultiLabel
 from kd_lightning.tasks.regression import Regression
@@ -18,12 +19,14 @@ __all__ = [
     "Headline",
     "HeadlineMetric",
     "Identified",
+    "LanguageModelling",
     "MultiLabel",
     "Regression",
     "Segmentation",
     "Task",
     "Taught",
     "TokenClassification",
+    "is_causal",
     "or_classification",
     "unwrapped",
 ]

@@ -122,6 +122,9 @@ class Task:
         """
         raise NotImplementedError
 
+    def check_batch(self, batch: Batch) -> None:
+        """Raise ValueError for a target that cannot be that of such inputs, whatever the networks give."""
+
     def check_dimensions(self, logits: Tensor, target: Tensor | None) -> None:
         """Raise ValueError for outputs of which neither the task nor a target tells which dimension is what.
 
@@ -167,6 +170,18 @@ class Task:
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Tell how far two networks' answers agree: (n,) in [0, 1]."""
         raise NotImplementedError
+
+    def beside(self, student: Outputs, teacher: AnyOutputs, target: Tensor) -> dict[str, Tensor]:
+        """Return what else tells how far a student is from its teacher, by keys of ``records.FIGURES``: (n,) each.
+
+        The figures are their means over the test split, or over a part of a large one. None by default.
+        """
+        return {}
+
+    @property
+    def has_beside(self) -> bool:
+        """Whether :meth:`beside` gives any figure, for which the teacher answers the test units with each student."""
+        return type(self).beside is not Task.beside
 
     def comparable(self, student: Outputs, teacher: AnyOutputs) -> bool:
         """Tell whether two networks' answers can agree: not where they tell other classes apart."""

@@ -63,6 +63,7 @@ ON_LOGITS = {
     "nkd": losses.NKD,
     "reverse_kl": losses.ReverseKL,
     "rld": losses.RLD,
+    "sampled_label": losses.SampledLabel,
     "skewed_forward_kl": losses.SkewedForwardKL,
     "skewed_reverse_kl": losses.SkewedReverseKL,
     "symmetric_kl": losses.SymmetricKL,
