@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.base import LogitLoss, check_same_shape, padding, rows
+from kd_lightning.losses.base import DistillationLoss, check_same_shape, padding, rows
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks.batch import IGNORE_INDEX
 
@@ -34,7 +34,7 @@ def sampled_label(
     return F.cross_entropy(z_s[kept], labels[kept]) if bool(kept.any()) else 0.0 * student_logits.sum()
 
 
-class SampledLabel(LogitLoss):
+class SampledLabel(DistillationLoss):
     """A label drawn from the teacher for each sample, token or pixel: the fair control of a language model.
 
     The most likely token would take away what a text has of variety. Each place of the data set keeps its label through
