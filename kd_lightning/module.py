@@ -56,6 +56,10 @@ class DistillationModule(LightningModule):
         task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
 
+    Attributes:
+        rewrites: Functions of the module and a training batch, as the task has read it, that return what the networks
+            get in its place; callbacks such as :class:`~kd_lightning.callbacks.OnPolicy` put theirs here.
+
     Raises:
         ValueError: At the start of ``fit``, for whatever :mod:`kd_lightning.preflight` finds.
 
@@ -88,6 +92,7 @@ class DistillationModule(LightningModule):
         self.task = or_classification(task)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
+        self.rewrites: list[Callable[[DistillationModule, Batch], Batch]] = []
         self._built = False
         self._resumption = Resumption()
         self._divergence = Divergence()
@@ -146,6 +151,8 @@ class DistillationModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         read = self.task.read(batch)
+        for rewrite in self.rewrites:
+            read = rewrite(self, read)
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:

@@ -20,9 +20,11 @@ from kd_lightning.export.batches import as_batch, feed, on_cpu, tensors
 from kd_lightning.export.sessions import in_onnxruntime, in_openvino
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Batch
+from kd_lightning.writing import remembers, write
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _BATCH = 64
+_TOKENS = 64
 
 Arrays = dict[str, NDArray[Any]]
 """A file's inputs, by name."""
@@ -100,6 +102,24 @@ def measure_files(
     return found
 
 
+def measure_writing(networks: Mapping[str, nn.Module], *, seconds: float = 2.5) -> dict[str, dict[str, float]]:
+    """Time language models side by side as :func:`measure` does, while each writes one text, token by token.
+
+    In eager PyTorch, with a cache of keys and values; a network that keeps none is left out.
+
+    Args:
+        networks: By name, on the CPU.
+        seconds: For all together.
+
+    Returns:
+        ``tokens_per_s`` by name.
+    """
+    able = {name: network for name, network in networks.items() if remembers(network)}
+    lengths = {name: _longest_text(network) for name, network in able.items()}
+    times = _times_s({name: _call_writing(network, lengths[name]) for name, network in able.items()}, 1, seconds)
+    return {name: {"tokens_per_s": lengths[name] / float(np.median(found))} for name, found in times.items()}
+
+
 class OpenFile:
     """An exported file in a runtime, on one thread of the CPU.
 
@@ -159,6 +179,19 @@ def _call(network: nn.Module, batch: Batch) -> Callable[[], object]:
 
 def _call_file(file: OpenFile, arrays: Arrays) -> Callable[[], object]:
     return lambda: file.run(arrays)
+
+
+def _call_writing(network: nn.Module, count: int) -> Callable[[], object]:
+    first, uniform = torch.zeros(1, 1, dtype=torch.long), torch.rand(1, count, generator=torch.Generator())
+    return lambda: write(network, first, uniform)
+
+
+def _longest_text(network: nn.Module) -> int:
+    """Return how many tokens it can write after one, 64 at most."""
+    context = getattr(network, "context", None)
+    if context is None:
+        context = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    return min(_TOKENS, int(context)) if context is not None else _TOKENS
 
 
 def _figures(

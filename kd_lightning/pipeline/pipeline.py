@@ -18,7 +18,7 @@ from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
 from kd_lightning.pipeline.compare import against_teacher, compare
 from kd_lightning.pipeline.folder import FinishedStage, held_if_free, read_run_id, remove_run_id, write_run_id
-from kd_lightning.pipeline.measure import NAMES, measure, measure_files
+from kd_lightning.pipeline.measure import NAMES, measure, measure_files, measure_writing
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
 from kd_lightning.pipeline.run import run_stage, store_teachers_outputs, with_members
@@ -28,7 +28,7 @@ from kd_lightning.records import Verdict
 from kd_lightning.report.markdown import as_markdown
 from kd_lightning.report.terminal import StageProgress, print_verdict
 from kd_lightning.report.verdict_json import write_verdict
-from kd_lightning.tasks import Task
+from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
@@ -232,6 +232,14 @@ class Pipeline:
         first = {stage.result.label: stage for stage in reversed(finished)}
         first = dict(reversed(first.items()))
         example = part(self.task.read(next(iter(data.val_dataloader()))), slice(1))
+        writing = {label: stage.network() for label, stage in first.items() if stage.result.quantized is None}
+        written = measure_writing(writing) if self.task.writes else {}
+        served = self._measure_served(first, data, example)
+        return {label: {**figures, **written.get(label, {})} for label, figures in served.items()}
+
+    def _measure_served(
+        self, first: Mapping[str, FinishedStage], data: Data, example: Batch
+    ) -> dict[str, dict[str, float]]:
         if self.quantized is None:
             return measure({label: stage.network() for label, stage in first.items()}, example)
         files = {

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from kd_lightning.callbacks import HyperparameterSchedule, QuantizationAwareTraining, TemperatureSchedule
+from kd_lightning.callbacks import (
+    HyperparameterSchedule,
+    OnPolicy,
+    QuantizationAwareTraining,
+    SequenceLevel,
+    TemperatureSchedule,
+)
 from kd_lightning.configuration.arguments import errors_at, explained
 from kd_lightning.data.contract import Data
 from kd_lightning.dry_forward import dry_forward
@@ -250,7 +256,7 @@ def _check_callbacks(
         with errors_at(*([f"{path}.{name}" if name else path] if path else []), arguments=nodes.get(name)):
             if not isinstance(callback, Callback):
                 raise TypeError(f"expected a callback, got {type(callback).__name__}")
-            if isinstance(callback, HyperparameterSchedule | TemperatureSchedule):
+            if isinstance(callback, HyperparameterSchedule | TemperatureSchedule | OnPolicy | SequenceLevel):
                 callback.check(module)
             if isinstance(callback, QuantizationAwareTraining):
                 callback.setup(trainer, module, "fit")

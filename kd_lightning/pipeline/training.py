@@ -124,9 +124,10 @@ class Training:
         return f"{own}-{self.method}-s{self.seed}"
 
     def make_data(self) -> Data:
-        """Make the data module; its batches say which samples they hold where a loss remembers samples."""
+        """Make the data module; its batches say which samples they hold where a loss or a callback remembers them."""
         data = make_data(self.data, self.data_of or self.role, self.seed)
-        if any(loss.needs_sample_ids for loss in self.losses().values()):
+        remembering = [*self.losses().values(), *self.callbacks()]
+        if any(getattr(part, "needs_sample_ids", False) for part in remembering):
             data.wrap(WithIds)
         return data
 

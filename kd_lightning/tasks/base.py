@@ -37,6 +37,7 @@ class Task:
         class_dim: Which dimension of three-dimensional outputs is that of the classes, 1 for (B, C, L); None for the
             last.
         losses_to_take: Names of losses that mean something where a softmax does not, for errors.
+        writes: Whether networks write texts, token by token, so that it counts how fast they do.
         shown: Names of arguments that change words and :meth:`parts` alone: with others, a finished training is used
             again.
     """
@@ -46,6 +47,7 @@ class Task:
     over_classes: bool = True
     gives_logits: bool = True
     class_dim: int | None = None
+    writes: bool = False
     losses_to_take: str = ""
     label_keys: Sequence[str] = ("labels", "label", "target")
     shown: Sequence[str] = ("units",)

@@ -56,7 +56,7 @@ class LanguageModelling(TokenClassification):
         super().__init__(class_dim=2, units=units)
         if per not in _UNITS_OF_TEXT:
             raise ValueError(f"expected per to be one of {', '.join(_UNITS_OF_TEXT)}, got {per!r}")
-        self.per, self.shift = per, shift
+        self.per, self.shift, self.writes = per, shift, shift is not False
         self._lengths = None if tokenizer is None or per == "token" else _lengths(tokenizer, per)
         self.headline = Headline(
             name="cross-entropy",

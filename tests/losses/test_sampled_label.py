@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.draws import hashed_uniform
 from kd_lightning.losses import SampledLabel, kd, sampled_label
-from kd_lightning.losses.sampled_label import hashed_uniform
 from kd_lightning.outputs import Outputs, Samples
 
 TEACHER = torch.tensor([0.1, 0.2, 0.7]).log()
