@@ -41,6 +41,8 @@ _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _NOT_CHOSEN = ("hard_label", {"weight": 1.0})  # what config.yaml sets of a loss that the defaults list did not take
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
+_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+_WRITERS = ("on_policy", "sequence_level")
 _terminated = False
 
 
@@ -61,7 +63,8 @@ def main() -> None:
         sys.exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM))
     except SystemExit as error:
         if error.code == 1 and said.getvalue():  # by Hydra, before there was a configuration
-            overrides = [word for word in sys.argv[1:] if not word.startswith("-")]
+            words = zip(["", *sys.argv[1:-1]], sys.argv[1:], strict=True)  # each after the one before it
+            overrides = [word for before, word in words if not word.startswith("-") and before not in _WITH_VALUE]
             raise SystemExit(f"kd-lightning: {explain(said.getvalue(), overrides, conf_dir())}") from error
         sys.stderr.write(said.getvalue())
         raise
@@ -305,7 +308,7 @@ def _training(
     return Training(
         role=role,
         label=label,
-        method=_method(losses.node) if checkpoint is None else "checkpoint",
+        method=_method(losses.node, parts["callbacks"].node) if checkpoint is None else "checkpoint",
         seed=seed,
         config={**config, "seed": seed},
         task=_task(parts["task"]),
@@ -326,13 +329,16 @@ def _training(
     )
 
 
-def _method(losses: Mapping[str, Any]) -> str:
-    """Name a method by its losses: ``kd-T4``; the labels' own loss is named only where it is alone."""
+def _method(losses: Mapping[str, Any], callbacks: Mapping[str, Any]) -> str:
+    """Name a method by its losses: ``kd-T4``; the labels' own loss is named only where it is alone.
+
+    And by who writes the texts, where that is not the data set: ``reverse_kl-T1+on_policy``.
+    """
     names = [name for name in losses if name != "hard_label"] or list(losses)
     with_temperature = [
         f"{name}-T{losses[name]['temperature']:g}" if "temperature" in losses[name] else name for name in names
     ]
-    return "+".join(with_temperature)
+    return "+".join([*with_temperature, *(name for name in _WRITERS if name in callbacks)])
 
 
 def _variants(config: DictConfig, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:

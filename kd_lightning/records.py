@@ -57,7 +57,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("openvino_throughput_per_s", "OpenVINO per s at 64", ",.0f"),
     Figure("train_seconds", "training s", ",.1f"),
     Figure("kl_teacher", "KL to teacher", ".3f"),  # of a language model, in bits a token
-    Figure("acceptance", "accepted as draft", "percent"),  # of its tokens, by the teacher in speculative decoding
+    Figure("acceptance", "accepted %", "percent"),  # of its tokens, by the teacher in speculative decoding
     Figure("tokens_per_s", "tokens per s", ",.0f"),  # written one by one, with a cache of keys and values, in PyTorch
     Figure("teacher_entropy", "teacher entropy", "percent"),  # of the soft targets, as a share of log C
     Figure("agreement_fp32", "as in fp32", "percent"),  # with its own network in fp32: see Quantized

@@ -28,9 +28,10 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
         documents: Tokens of each, (n,).
         length: S, in tokens.
         stride: From one window's first token to the next one's.
+        most: Keep so many windows at most, evenly over the documents; all unless given.
     """
 
-    def __init__(self, documents: Sequence[Any], length: int, stride: int) -> None:
+    def __init__(self, documents: Sequence[Any], length: int, stride: int, most: int | None = None) -> None:
         self.length, self.stride = length, stride
         smallest = np.min_scalar_type(max((int(document.max()) for document in documents if len(document)), default=0))
         joined = np.concatenate([np.zeros(0, smallest), *documents], dtype=smallest, casting="unsafe")
@@ -39,6 +40,9 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
         starts = [self._begins(end - len(document), end) for document, end in zip(documents, ends, strict=True)]
         self.starts = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *starts]))
         self.ends = torch.from_numpy(np.repeat(ends, [len(some) for some in starts]))
+        if most is not None and len(self.starts) > most:
+            kept = torch.arange(most) * len(self.starts) // most
+            self.starts, self.ends = self.starts[kept], self.ends[kept]
 
     def _begins(self, begin: int, end: int) -> Any:
         starts = np.arange(begin, end - 1, self.stride)
@@ -74,6 +78,7 @@ class TextData(RoleData):
         context: Tokens of a block, and so of the longest context that a network sees.
         stride: From one block's first token to the next one's, in training; half of ``context`` unless given. Blocks
             for validation and test do not overlap: each token is judged once.
+        eval_blocks: The most blocks for validation, and for test, evenly over the text; all unless given.
         cross_documents: Let blocks go over the ends of documents, which are then read as one.
         batch_size: Blocks of a training batch.
         eval_batch_size: Blocks of a batch for validation and test.
@@ -91,6 +96,7 @@ class TextData(RoleData):
         context: int = 128,
         stride: int | None = None,
         cross_documents: bool = False,
+        eval_blocks: int | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 128,
         num_workers: int = 0,
@@ -104,7 +110,10 @@ class TextData(RoleData):
                 f"expected a context of 2 tokens or more and a stride from 1 to it, got {context} and {stride}: 128 "
                 "and 64 are some three lines"
             )
+        if eval_blocks is not None and eval_blocks < 1:
+            raise ValueError(f"expected eval_blocks of 1 or more, got {eval_blocks}: null takes all")
         self.tokens, self.context, self.stride, self.cross_documents = tokens, context, stride, cross_documents
+        self.eval_blocks = eval_blocks
         self._tokenizer: Tokenizer | None = None
 
     def documents(self) -> Mapping[str, Sequence[str]]:
@@ -137,8 +146,10 @@ class TextData(RoleData):
             ids = [tokenizer.encode(text) for text in texts]
             if self.cross_documents:
                 ids = [np.concatenate(ids)] if ids else []
-            trained_on = role in ROLES
-            found[role] = Blocks(ids, self.context, self.stride if trained_on else self.context)
+            if role in ROLES:
+                found[role] = Blocks(ids, self.context, self.stride)
+            else:
+                found[role] = Blocks(ids, self.context, self.context, self.eval_blocks)
         return found
 
     def training_set(self) -> Blocks:

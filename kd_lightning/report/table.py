@@ -26,7 +26,8 @@ def overview(verdict: Verdict) -> Table:
     columns += ["T"] * with_temperature
     measured = {key for model in models.values() for key in model.figures}
     size = "file_mb" if "file_mb" in measured else "size_mb"
-    figures = [_BY_KEY[key] for key in (size, "latency_ms_p50") if key in measured]
+    deciding = (size, "latency_ms_p50", "acceptance", "tokens_per_s")
+    figures = [_BY_KEY[key] for key in deciding if key in measured]
     rows = []
     for key, model in models.items():
         share = model.gap_closed
@@ -84,4 +85,8 @@ def _note(verdict: Verdict) -> str:
     said = [f"± over {seeds} seeds"] * (seeds > 1)
     if verdict.runtime is not None and any("latency_ms_p50" in model.figures for model in verdict.models.values()):
         said.append(f"p50 in {verdict.runtime}" + (f" on {verdict.processor}" if verdict.processor else ""))
+    if any("tokens_per_s" in model.figures for model in verdict.models.values()):
+        said.append(
+            "tokens per s of one text, with a cache, in PyTorch; accepted: by the teacher in speculative decoding"
+        )
     return "; ".join(said)

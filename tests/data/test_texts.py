@@ -44,6 +44,14 @@ def test_a_last_block_that_shows_nothing_new_is_left_out() -> None:
     assert len(Blocks([np.arange(10)], length=8, stride=4)) == 2
 
 
+def test_fewer_blocks_are_judged_evenly_over_the_text() -> None:
+    every, some = Blocks([np.arange(1, 102)], 4, 4), Blocks([np.arange(1, 102)], 4, 4, most=5)
+    assert (len(every), len(some)) == (25, 5)
+    assert [int(some[i][0][0]) for i in range(5)] == [int(every[i][0][0]) for i in range(0, 25, 5)]
+    assert some.content() != every.content()
+    assert len(ShakespeareText(eval_blocks=100).subset("test")) == 100
+
+
 def test_a_document_of_one_token_has_nothing_to_tell() -> None:
     assert len(Blocks([np.array([3])], length=4, stride=4)) == 0
 
@@ -132,6 +140,8 @@ def test_shares_and_blocks_out_of_range_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("to be or not")
     with pytest.raises(ValueError, match="expected shares > 0"):
         TextFiles([str(tmp_path / "a.txt")], shares={"teacher": 0.5, "student": 0.5, "validation": 0.5, "test": -0.5})
+    with pytest.raises(ValueError, match="expected eval_blocks of 1 or more"):
+        TextFiles([str(tmp_path / "a.txt")], eval_blocks=0)
     for options in ({"context": 1}, {"context": 8, "stride": 9}, {"context": 8, "stride": 0}):
         with pytest.raises(ValueError, match="expected a context of 2 tokens or more"):
             TextFiles([str(tmp_path / "a.txt")], **options)
