@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
+from kd_lightning.idle_heads import idle
 from kd_lightning.losses.base import DistillationLoss
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import run
@@ -156,8 +157,10 @@ class DistillationModule(LightningModule):
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:
-            teacher = self.task.arranged(self.teacher(read, self.objective.teacher_layers))
-        student = self.task.arranged(run(self.student, read.args, read.kwargs, self.objective.student_layers))
+            with idle(self.teacher.network, self.objective.idle_teacher_heads):
+                teacher = self.task.arranged(self.teacher(read, self.objective.teacher_layers))
+        with idle(self.student, self.objective.idle_student_heads):
+            student = self.task.arranged(run(self.student, read.args, read.kwargs, self.objective.student_layers))
         total: Tensor
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))

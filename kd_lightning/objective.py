@@ -75,6 +75,24 @@ class DistillationObjective(nn.Module):
         return any(loss.reads_logits for loss in self.named_losses().values())
 
     @property
+    def names_heads(self) -> bool:
+        """Whether a loss computes logits itself, so that outputs are logits, though it does not read them."""
+        return any(loss.student_head is not None for loss in self.named_losses().values())
+
+    @property
+    def idle_student_heads(self) -> tuple[str, ...]:
+        """The student's heads of which nobody reads the logits in a training step."""
+        heads = [loss.student_head for loss in self.named_losses().values()]
+        return () if self.reads_logits else _others(heads, self.student_layers)
+
+    @property
+    def idle_teacher_heads(self) -> tuple[str, ...]:
+        """The same of the teacher."""
+        losses = self.named_losses().values()
+        read = any(loss.reads_logits and loss.needs_teacher for loss in losses)
+        return () if read else _others([loss.teacher_head for loss in losses], self.teacher_layers)
+
+    @property
     def changing_losses(self) -> dict[str, DistillationLoss]:
         """The losses that change the student's architecture, before it is trained."""
         return {name: loss for name, loss in self.named_losses().items() if loss.changes_student}
@@ -122,7 +140,7 @@ class DistillationObjective(nn.Module):
         if not self._built:
             known: Any = None if teacher is None else teacher.softened(1.0)  # a TopK to losses that take one
             for name, loss in self.named_losses().items():
-                with _errors_name(name, loss):
+                with errors_name(name, loss):
                     loss.build(student, known)
             for peer in self.peers:
                 self.losses_of_peers[peer] = copy.deepcopy(self.losses)
@@ -135,7 +153,7 @@ class DistillationObjective(nn.Module):
         if self._attached and self._attached[0] is student:
             return
         for name, loss in self.named_losses().items():
-            with _errors_name(name, loss):
+            with errors_name(name, loss):
                 loss.attach(student, teacher)
         self._attached = (student,)
 
@@ -143,14 +161,18 @@ class DistillationObjective(nn.Module):
         self, student: Outputs, teacher: AnyOutputs | None, target: Tensor | None
     ) -> tuple[Tensor, dict[str, Term]]:
         """Return the total, and each term by name; those of a peer by ``<loss>/<peer>``."""
-        with torch.autocast(student.logits.device.type, enabled=False):
+        device = student.logits.device.type
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False):
             student = student.in_full_precision()
             # A loss that needs no teacher does not look at it.
             teacher = teacher.in_full_precision() if teacher is not None else student
             if isinstance(teacher, PeerOutputs):
                 terms = self._mutual(student, teacher, target)
             else:
-                terms = {name: _term(name, loss, student, [teacher], target) for name, loss in self._losses_of()}
+                terms = {
+                    name: _term(name, loss, student, [teacher], target, autocast) for name, loss in self._losses_of()
+                }
             total: Tensor = torch.stack([term.weighted for term in terms.values()]).sum()
             return total, terms
 
@@ -175,10 +197,16 @@ class DistillationObjective(nn.Module):
 
 
 def _term(
-    name: str, loss: DistillationLoss, student: Outputs, teachers: Sequence[AnyOutputs], target: Tensor | None
+    name: str,
+    loss: DistillationLoss,
+    student: Outputs,
+    teachers: Sequence[AnyOutputs],
+    target: Tensor | None,
+    autocast: bool = False,
 ) -> Term:
     """Compute one loss: the mean over several teachers."""
-    with _errors_name(name, loss):
+    device = student.logits.device.type
+    with errors_name(name, loss), torch.autocast(device, enabled=autocast and loss.products_in_autocast):
         temperature = getattr(loss, "temperature", None)
         against = teachers if loss.needs_teacher else teachers[:1]
         raw = [loss(*_batch_of(loss, student, one.softened(temperature), target)) for one in against]
@@ -187,7 +215,7 @@ def _term(
 
 
 @contextmanager
-def _errors_name(name: str, loss: DistillationLoss) -> Iterator[None]:
+def errors_name(name: str, loss: DistillationLoss) -> Iterator[None]:
     """Say in an error which loss it is about, and which layers that reads."""
     try:
         yield
@@ -212,6 +240,11 @@ def _batch_of(
         gather_outputs(teacher, loss.teacher_layers),
         None if target is None else all_gather(target),
     )
+
+
+def _others(heads: Iterable[str | None], read: Sequence[str]) -> tuple[str, ...]:
+    """Return the heads, each once, without those whose output a loss reads as a layer's."""
+    return tuple(dict.fromkeys(head for head in heads if head is not None and head not in read))
 
 
 def find_objective(module: nn.Module) -> DistillationObjective | None:

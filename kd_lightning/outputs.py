@@ -366,7 +366,7 @@ def tap(network: nn.Module, layers: Iterable[str], take: Callable[[str, Tensor],
         RuntimeError: When a layer never gave a wanted output, or a later layer overwrote one in place.
         TypeError: When a layer returns something else than a tensor.
     """
-    _let_compiled_networks_see_hooks()
+    let_compiled_networks_see_hooks()
     taken: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in layers}
 
     def note(name: str, output: Any) -> None:
@@ -417,7 +417,8 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _let_compiled_networks_see_hooks() -> None:
+def let_compiled_networks_see_hooks() -> None:
+    """Have networks compiled from now on call hooks that are added later, where anything is compiled."""
     # By default a network that was compiled without hooks never calls those that are added later, as torch.compile's
     # manual says under "Hooks on nn.Module": a tap after an untapped call would stay empty.
     dynamo = sys.modules.get("torch._dynamo")  # not there where nothing is compiled; importing it takes a second

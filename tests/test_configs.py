@@ -21,6 +21,8 @@ MISSING = {  # what a yaml leaves to the user
     "teacher_layer": "b",
     "student_layers": ["a", "b"],
     "teacher_layers": ["c", "d"],
+    "student_head": "g",
+    "teacher_head": "h",
     "student_classifier": "e",
     "teacher_classifier": "f",
     "folder": "images",

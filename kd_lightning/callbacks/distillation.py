@@ -17,6 +17,7 @@ from kd_lightning.checkpoint import mismatch
 from kd_lightning.data.contract import class_names_of
 from kd_lightning.divergence import Divergence, parts_of
 from kd_lightning.first_batches import training_batches, training_loader
+from kd_lightning.idle_heads import idle
 from kd_lightning.logits_place import LogitsPlace
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
 from kd_lightning.objective import DistillationObjective, Term, find_objective
@@ -24,6 +25,7 @@ from kd_lightning.outputs import AnyOutputs, Outputs, Samples, TopK
 from kd_lightning.preflight import (
     check_all_logits,
     check_class_names,
+    check_heads,
     check_logits,
     check_networks,
     check_optimizer,
@@ -68,6 +70,11 @@ class Distillation(Callback):
     want of something that only a running training has, is enough.
 
     In validation and test, ``agreement`` with the teacher is logged beside the module's own metrics.
+
+    Losses that compute logits themselves, such as :class:`~kd_lightning.losses.FusedKL`, spare the teacher's logits and
+    all that a loss makes of both sides' logits. What ``training_step`` computes is its own affair: where the student
+    returns logits, those, and what the module's own loss makes of them, are in memory. To have none, let the step call
+    the student's body alone, or take :class:`~kd_lightning.DistillationModule`.
 
     Args:
         teacher: Gets the very arguments that the student gets.
@@ -274,7 +281,7 @@ class Distillation(Callback):
         student = self.task.arranged(self._outputs_of(seen, repeated(unwrapped.samples, seen.calls)))
         teacher = None
         if self.objective.needs_teacher:
-            with self._read_teacher():
+            with self._read_teacher(), idle(self.teacher.network, self.objective.idle_teacher_heads):
                 batches = self._batches_of_teacher(unwrapped, seen)
                 teacher = join([self.teacher(batch, self.objective.teacher_layers) for batch in batches])
             teacher = self.task.arranged(teacher)
@@ -450,7 +457,8 @@ class Distillation(Callback):
         check_outputs(self.objective, student, teacher, self.task, read=reads)
         if not reads:
             self._scored = self._can_be_scored(student, teacher, target)
-        elif first.target is not None and need_labels(self.objective):
+        logits = reads or (self._scored and self.objective.names_heads)
+        if logits and first.target is not None and need_labels(self.objective):
             names = class_names_of(module.trainer.datamodule)  # type: ignore[attr-defined]
             if self.task.gives_logits:
                 check_class_names(names, student.logits)
@@ -459,13 +467,15 @@ class Distillation(Callback):
                 check_count(target, student.logits)
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)
-        else:
+        elif reads:
             given = first.target if isinstance(first.target, Tensor) else None
             self.task.check_dimensions(student.logits, given)
             self._batches.note_fit(target, student)
             if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
                 self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
+        # Of the copy, whose outputs these are: its setup may have loaded weights that the module does not have yet.
+        check_heads(self.objective, student, teacher, self._calls.student_of(rehearsal.module), self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         if reads:
             check_top_k(first.teacher, classes_of(student))

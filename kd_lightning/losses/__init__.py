@@ -16,8 +16,10 @@ from kd_lightning.losses.dist import DIST, dist
 from kd_lightning.losses.dkd import DKD, dkd
 from kd_lightning.losses.fsp import FSP, fsp
 from kd_lightning.losses.ft import FT, factor_transfer
+from kd_lightning.losses.fused_divergence import FusedDivergence
 from kd_lightning.losses.fused_linear_divergence import fused_linear_divergence
-from kd_lightning.losses.fused_linear_kl import fused_linear_kl
+from kd_lightning.losses.fused_linear_hard_label import FusedHardLabel, fused_linear_hard_label
+from kd_lightning.losses.fused_linear_kl import FusedKL, fused_linear_kl
 from kd_lightning.losses.fused_linear_top_k_kl import fused_linear_top_k_kl
 from kd_lightning.losses.hard_label import HardLabel, hard_label
 from kd_lightning.losses.hint import Hint, hint
@@ -86,6 +88,9 @@ __all__ = [
     "DistillationLoss",
     "FeatureLoss",
     "ForwardKL",
+    "FusedDivergence",
+    "FusedHardLabel",
+    "FusedKL",
     "HardLabel",
     "Hint",
     "JensenShannon",
@@ -128,6 +133,7 @@ __all__ = [
     "forward_kl",
     "fsp",
     "fused_linear_divergence",
+    "fused_linear_hard_label",
     "fused_linear_kl",
     "fused_linear_top_k_kl",
     "hard_label",

@@ -49,6 +49,12 @@ class DistillationLoss(nn.Module):
     changes_student = False
     """Whether :meth:`attach` changes the student's architecture; ``change`` does so by hand."""
     min_batch_size = 1
+    student_head: str | None = None
+    """Name of the student's head where the loss computes the logits itself, from a layer's output and the head's
+    weight: the network need not compute them."""
+    teacher_head: str | None = None
+    products_in_autocast = False
+    """Whether its matrix products are taken in autocast's precision, as a head's are; what it makes of them is not."""
 
     def __init__(
         self,

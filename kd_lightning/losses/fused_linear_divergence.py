@@ -96,7 +96,7 @@ def _of_two_heads(
     if len(student[1]) != len(teacher[1]):
         raise ValueError(
             f"student_head {tuple(student[1].shape)} and teacher_head {tuple(teacher[1].shape)} differ in their "
-            "vocabulary: slice the heads to the tokens that both have"
+            "vocabulary, expected the same: slice the heads to the tokens that both have"
         )
     counted = None if target is None else target.flatten() != ignore_index
     ours, (hidden, head, bias) = _side(*student, counted), _side(*teacher, counted, frozen=True)

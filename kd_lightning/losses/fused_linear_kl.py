@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from kd_lightning.losses.base import check_temperature
+from kd_lightning.losses.base import check_temperature, padding
 from kd_lightning.losses.fused_linear import _check_learns_nothing
 from kd_lightning.losses.fused_linear_divergence import _of_two_heads
+from kd_lightning.losses.fused_linear_top_k_kl import fused_linear_top_k_kl
+from kd_lightning.losses.fused_loss import FusedLoss
 from kd_lightning.losses.token_divergence import log_softmax
+from kd_lightning.outputs import Outputs, TopK
 
 
 def fused_linear_kl(
@@ -85,3 +88,68 @@ def fused_linear_kl(
 
     student, teacher = (student_hidden, student_head, student_bias), (teacher_hidden, teacher_head, teacher_bias)
     return _of_two_heads(slope, student, teacher, target, chunk_size, memory, ignore_index)
+
+
+class FusedKL(FusedLoss):
+    """Forward KL without logits of all tokens: :class:`~kd_lightning.losses.ForwardKL` for large vocabularies.
+
+    Where only the teacher's k best tokens are known (:class:`~kd_lightning.outputs.TopK`), it is
+    :func:`~kd_lightning.losses.fused_linear_top_k_kl` with a tail, and the teacher needs no layer and no head.
+
+    Args:
+        student_layer: Name of the layer whose output the student's head takes, see
+            :class:`~kd_lightning.losses.fused_loss.FusedLoss`.
+        student_head: Name of the student's head.
+        teacher_layer: Name of the layer whose output the teacher's head takes; None for a teacher's best tokens.
+        teacher_head: Name of the teacher's head; likewise.
+        temperature: T > 0, of both sides and of the factor T².
+        weight: Factor of the term.
+        memory: MB for the logits of both sides that are held at a time; 64 on a CPU, 512 elsewhere unless given.
+
+    Raises:
+        ValueError: For numbers out of their ranges.
+
+    Example:
+        >>> from kd_lightning.losses import FusedHardLabel
+        >>> objective = {
+        ...     "hard_label": FusedHardLabel("norm", "head", weight=0.1),
+        ...     "kl": FusedKL("norm", "head", "norm", "head", weight=0.9),
+        ... }
+    """
+
+    takes_top_k = True
+
+    def __init__(
+        self,
+        student_layer: str,
+        student_head: str,
+        teacher_layer: str | None = None,
+        teacher_head: str | None = None,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        memory: float | None = None,
+    ) -> None:
+        super().__init__(student_layer, student_head, teacher_layer, teacher_head, weight, memory)
+        check_temperature(temperature)
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
+        hidden, head, bias = self.student_side(student)
+        tokens = padding(hidden, target)
+        if isinstance(teacher, TopK):
+            best = teacher.indices, teacher.log_probs
+            return fused_linear_top_k_kl(
+                hidden, head, *best, tokens, temperature=self.temperature, memory=self.memory, student_bias=bias
+            )
+        of_teacher, teacher_head, teacher_bias = self.teacher_side(teacher)
+        return fused_linear_kl(
+            hidden,
+            head,
+            of_teacher,
+            teacher_head,
+            tokens,
+            temperature=self.temperature,
+            memory=self.memory,
+            student_bias=bias,
+            teacher_bias=teacher_bias,
+        )

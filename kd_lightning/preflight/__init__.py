@@ -2,6 +2,7 @@
 
 from kd_lightning.preflight.batches import check_source, converts_inputs, first_batch, need_labels
 from kd_lightning.preflight.dry_run import compute_once, dry_run, samples_needed
+from kd_lightning.preflight.heads import check_heads
 from kd_lightning.preflight.labels import check_class_names, warn_of_missing_classes
 from kd_lightning.preflight.networks import (
     check_checkpoint,
@@ -19,6 +20,7 @@ __all__ = [
     "check_checkpoint",
     "check_class_names",
     "check_factories",
+    "check_heads",
     "check_logits",
     "check_networks",
     "check_optimizer",

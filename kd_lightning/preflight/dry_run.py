@@ -11,6 +11,7 @@ from kd_lightning.dry_forward import dry_forward
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.outputs import AnyOutputs, Outputs
 from kd_lightning.preflight.batches import check_precision, check_source, first_batch, take
+from kd_lightning.preflight.heads import check_heads, check_runs_without_logits
 from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
@@ -74,6 +75,10 @@ def dry_run(
         task.check(batch.target, first.logits)
     task.check_dimensions(first.logits, batch.target)
     objective.build(first, teacher_outputs, student, teacher.network if teacher is not None else None)
+    check_heads(objective, first, teacher_outputs, student, teacher.network if teacher is not None else None)
+    check_runs_without_logits("student", student, few, objective.idle_student_heads)
+    if teacher is not None and teacher.network is not None:
+        check_runs_without_logits("teacher", teacher.network, few, objective.idle_teacher_heads)
     built = student_outputs() if objective.changing_losses else first
     compute_once(objective, built, teacher_outputs, few.target)
     check_top_k(batch.teacher, classes_of(first))

@@ -31,7 +31,8 @@ def log_terms(
     """Log the total, each term raw and weighted, the temperature, and the entropy of the teacher's soft targets.
 
     With several losses that have a temperature, each is logged under its own name, ``kd/temperature/<loss>``; the
-    entropy is that of the first. Where only the teacher's best classes are known, its entropy is not, and is left out.
+    entropy is that of the first. Where only the teacher's best classes are known, or its logits were not computed, its
+    entropy is not known, and is left out.
     """
     values: dict[str, Tensor | float] = {}
     for name, term in terms.items():
@@ -42,7 +43,7 @@ def log_terms(
         values["kd/temperature" if len(temperatures) == 1 else f"kd/temperature/{name}"] = temperature
     temperature = next(iter(temperatures.values()), 1.0)
     softened = None if teacher is None else teacher.softened(temperature)
-    if isinstance(softened, Outputs):
+    if isinstance(softened, Outputs) and softened.logits.numel():
         entropy = task.entropy(softened.logits, temperature)
         if entropy is not None:
             values["kd/teacher_entropy"] = entropy
