@@ -22,6 +22,7 @@ from kd_lightning.outputs import run
 from kd_lightning.preflight import (
     check_checkpoint,
     check_factories,
+    check_inputs,
     check_networks,
     check_optimizer,
     check_parts,
@@ -94,7 +95,7 @@ class DistillationModule(LightningModule):
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self.rewrites: list[Callable[[DistillationModule, Batch], Batch]] = []
-        self._built = False
+        self._built = self._inputs_checked = False
         self._resumption = Resumption()
         self._divergence = Divergence()
         self._val_metrics = self.task.metrics().clone(prefix="val/")
@@ -159,8 +160,11 @@ class DistillationModule(LightningModule):
         if self.teacher is not None and self.objective.needs_teacher:
             with idle(self.teacher.network, self.objective.idle_teacher_heads):
                 teacher = self.task.arranged(self.teacher(read, self.objective.teacher_layers))
-        with idle(self.student, self.objective.idle_student_heads):
+        with idle(self.student, self.objective.idle_student_heads) as inputs:
             student = self.task.arranged(run(self.student, read.args, read.kwargs, self.objective.student_layers))
+        if not self._inputs_checked:
+            check_inputs(self.objective, inputs, student)
+            self._inputs_checked = True
         total: Tensor
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))

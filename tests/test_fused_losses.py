@@ -1,8 +1,12 @@
 """Losses that compute the logits themselves, in trainings: the same as losses on logits, without the logits."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +33,7 @@ from kd_lightning.losses import (
     ReverseKL,
     jensen_shannon,
 )
-from kd_lightning.tasks import Taught, TokenClassification
+from kd_lightning.tasks import LanguageModelling, Taught, TokenClassification
 from kd_lightning.teachers import Ensemble, FromBatch, Momentum
 from tests.tiny import sgd, trainer, weights
 
@@ -221,6 +225,33 @@ def test_a_compiled_student_gives_the_same_before_and_after_a_validation() -> No
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
+def blocks(batch_size: int) -> DataLoader:
+    tokens = torch.randint(V, (8, S + 1), generator=torch.Generator().manual_seed(4))
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=batch_size)
+
+
+SCRIPT = """
+import sys, torch, tests.test_fused_losses as t
+
+student = t.network()
+fit = t.through_module(student, t.teacher(), t.fused(), t.blocks(4), devices=2, strategy="ddp")
+torch.save(t.weights(student), f"{sys.argv[1]}/rank{fit.global_rank}.pt")
+"""
+
+
+def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
+    """DDP waits for the gradient of the head, which only the losses use."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=180, env=environment, cwd=tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
+    whole = network()
+    through_module(whole, teacher(), fused(), blocks(8))
+    torch.testing.assert_close(ranks[0], weights(whole), rtol=1e-4, atol=1e-6)
+
+
 # No logits
 
 
@@ -382,3 +413,62 @@ def test_a_network_that_needs_its_logits_is_refused() -> None:
     student = network(change=lambda logits: logits.unflatten(-1, (V, 1)).squeeze(-1))
     with pytest.raises(ValueError, match=r"the student does not run where its heads \['head'\] return \(\.\.\., 0\)"):
         through_module(student, teacher(), {"kl": FusedKL(*HEADS)})
+
+
+def test_dropout_between_layer_and_head_is_refused_in_the_first_step() -> None:
+    class Dropping(LM):
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.norm(self.mix(self.embedding(tokens)).relu())
+            return self.head(nn.functional.dropout(hidden, 0.5, self.training))
+
+    torch.manual_seed(0)
+    student = Dropping()
+    start = weights(student)
+    with pytest.raises(ValueError, match=r"in training the student's head 'head' gets something else .* 'norm'"):
+        through_module(student, teacher(), {"kl": FusedKL(*HEADS)})
+    torch.testing.assert_close(weights(student), start, rtol=0, atol=0)
+
+
+# Models of Hugging Face
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@every_door
+def test_causal_models_of_hugging_face(door: Any, family: str) -> None:
+    """Their logits stand at a token's place for the next one; the task shifts the labels."""
+    transformers = pytest.importorskip("transformers")
+    configs = {
+        "gpt2": lambda width: transformers.GPT2Config(
+            vocab_size=V, n_positions=S, n_embd=width, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
+        "llama": lambda width: transformers.LlamaConfig(
+            vocab_size=V, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ),
+    }
+    norm = {"gpt2": "transformer.ln_f", "llama": "model.norm"}[family]
+
+    def causal(seed: int, width: int) -> Any:
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(configs[family](width))
+
+    class Theirs(Existing):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(**batch).loss
+
+    ids = torch.randint(V, (2 * BATCH, S), generator=torch.Generator().manual_seed(3))
+    loader = DataLoader([{"input_ids": x, "labels": x} for x in ids], batch_size=BATCH)
+    pairs: tuple[dict[str, DistillationLoss], ...] = (
+        {"hard_label": HardLabel(0.3), "kl": ForwardKL()},
+        {"hard_label": FusedHardLabel(norm, "lm_head", 0.3), "kl": FusedKL(norm, "lm_head", norm, "lm_head")},
+    )
+    found = []
+    for losses in pairs:
+        student, strong, task = causal(0, 8), causal(1, 12), LanguageModelling()
+        if door is through_module:
+            module: Any = DistillationModule(student, strong, losses, sgd, task=task, check_teacher=False)
+            trainer(log_every_n_steps=1).fit(module, loader)
+        else:
+            callback = Distillation(strong, losses, student="net", task=task, check_teacher=False)
+            trainer(callbacks=[callback], log_every_n_steps=1).fit(Theirs(student), loader)
+        found.append(weights(student))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

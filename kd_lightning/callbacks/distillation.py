@@ -31,6 +31,7 @@ from kd_lightning.preflight import (
     check_optimizer,
     check_outputs,
     check_parts,
+    check_runs_without_logits,
     check_source,
     check_teacher_score,
     check_top_k,
@@ -282,7 +283,7 @@ class Distillation(Callback):
         teacher = None
         if self.objective.needs_teacher:
             with self._read_teacher(), idle(self.teacher.network, self.objective.idle_teacher_heads):
-                batches = self._batches_of_teacher(unwrapped, seen)
+                batches = map(self._without_labels, self._batches_of_teacher(unwrapped, seen))
                 teacher = join([self.teacher(batch, self.objective.teacher_layers) for batch in batches])
             teacher = self.task.arranged(teacher)
             check_rows(student, teacher)
@@ -475,6 +476,9 @@ class Distillation(Callback):
                 self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
         # Of the copy, whose outputs these are: its setup may have loaded weights that the module does not have yet.
+        if self.teacher.network is not None:
+            heads, first_call = self.objective.idle_teacher_heads, self._without_labels(of_teacher[0])
+            check_runs_without_logits("teacher", self.teacher.network, first_call, heads)
         check_heads(self.objective, student, teacher, self._calls.student_of(rehearsal.module), self.teacher.network)
         compute_once(self.objective, student, teacher, target)
         if reads:
@@ -526,6 +530,13 @@ class Distillation(Callback):
         own = not self._calls.inputs
         calls = [self._batches.arguments(unwrapped.batch)] if own else seen.inputs[: seen.calls]
         return [Batch(args, kwargs, None, unwrapped.samples, unwrapped.teacher) for args, kwargs in calls]
+
+    def _without_labels(self, batch: Batch) -> Batch:
+        """Leave labels out of a teacher's arguments where it gives no logits, of which it would compute a loss."""
+        if not self.objective.idle_teacher_heads:
+            return batch
+        keys = self.task.label_keys
+        return batch._replace(kwargs={name: value for name, value in batch.kwargs.items() if name not in keys})
 
     @contextmanager
     def _read_teacher(self, in_any_case: bool = False) -> Iterator[None]:

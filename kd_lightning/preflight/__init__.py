@@ -2,7 +2,7 @@
 
 from kd_lightning.preflight.batches import check_source, converts_inputs, first_batch, need_labels
 from kd_lightning.preflight.dry_run import compute_once, dry_run, samples_needed
-from kd_lightning.preflight.heads import check_heads
+from kd_lightning.preflight.heads import check_heads, check_inputs, check_runs_without_logits
 from kd_lightning.preflight.labels import check_class_names, warn_of_missing_classes
 from kd_lightning.preflight.networks import (
     check_checkpoint,
@@ -21,11 +21,13 @@ __all__ = [
     "check_class_names",
     "check_factories",
     "check_heads",
+    "check_inputs",
     "check_logits",
     "check_networks",
     "check_optimizer",
     "check_outputs",
     "check_parts",
+    "check_runs_without_logits",
     "check_source",
     "check_teacher_score",
     "check_top_k",

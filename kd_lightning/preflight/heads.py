@@ -1,5 +1,7 @@
 """Losses that compute the logits themselves: whether what they compute is what the network gives."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,3 +97,21 @@ def check_runs_without_logits(role: str, network: nn.Module, batch: Batch, heads
             f"the {role} does not run where its heads {list(heads)} return (..., 0) in the place of logits, which no "
             f"loss reads: {error}; expected it to return what they give: let it, or take losses on logits"
         ) from error
+
+
+def check_inputs(objective: DistillationObjective, inputs: Mapping[str, Tensor], student: Outputs) -> None:
+    """Compare what the student's heads got in training, as they were idle, with what their losses take instead.
+
+    Raises:
+        ValueError: Where it is something else than in eval mode, in which all was compared before.
+    """
+    for name, loss in objective.named_losses().items():
+        if not isinstance(loss, FusedLoss) or loss.student_head not in inputs:
+            continue
+        got, taken = inputs[loss.student_head], student.features[loss.student_layers[0]]
+        if got.shape != taken.shape or not torch.equal(got.to(taken.dtype), taken):
+            raise ValueError(
+                f"loss {name!r}: in training the student's head {loss.student_head!r} gets something else than the "
+                f"output of {loss.student_layers[0]!r}, expected the same (dropout in between?): name the layer right "
+                "before the head"
+            )
