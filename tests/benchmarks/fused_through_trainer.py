@@ -1,4 +1,4 @@
-"""Steps of a large vocabulary through the Trainer: python tests/benchmarks/fused_through_trainer.py [V [rounds [B]]].
+"""Steps of a large vocabulary, by the Trainer: python -m tests.benchmarks.fused_through_trainer [V [rounds [B]]].
 
 A GPT of width 256 learns from another, in batches of B = 8 texts of 256 tokens, in float32 on one thread, by SGD.
 Whole: losses on logits; fused: the losses that compute them chunk by chunk, so that a step has none. Time is the
@@ -94,7 +94,16 @@ def train(objective: str, kind: str, vocabulary: int, batch: int) -> Watch:
 
 
 def peak(objective: str, kind: str, vocabulary: int, batch: int) -> float:
-    command = [sys.executable, __file__, "--peak", objective, kind, str(vocabulary), str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.fused_through_trainer",
+        "--peak",
+        objective,
+        kind,
+        str(vocabulary),
+        str(batch),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **GIVE_BACK})
     return float(run.stdout.split()[-1])
 
