@@ -32,7 +32,8 @@ class Data:
     - ``fingerprint()``: a string that changes with what this role sees of training, validation and test, and
       ``batch_size``: a stage is used again where both are the same; else where its configuration and code are.
     - ``class_names``: in errors, in the verdict and in exported files; ``mean`` and ``std`` of the inputs: in these.
-    - ``counts["unlabelled"]``: how many samples the distilled student has beyond those of the student alone.
+    - ``counts``: how many samples there are by name, which is logged; ``counts["unlabelled"]``: how many the distilled
+      student has beyond those of the student alone. ``described``: further names and numbers that are logged.
 
     Args:
         module: The data module.
@@ -91,6 +92,15 @@ class Data:
         """How many samples the distilled student has beyond those of the student alone."""
         counts = self._found("counts")
         return int(counts.get("unlabelled", 0)) if isinstance(counts, Mapping) else 0
+
+    @property
+    def described(self) -> dict[str, str | int]:
+        """What MLflow shows of the data: samples by name, and what the module says besides."""
+        counts = self._found("counts")
+        samples = (
+            {f"samples/{name}": int(count) for name, count in counts.items()} if isinstance(counts, Mapping) else {}
+        )
+        return {**samples, **self._found("described", {})}
 
     @property
     def batch_size(self) -> int | None:

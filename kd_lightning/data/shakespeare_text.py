@@ -41,6 +41,11 @@ class ShakespeareText(TextData):
     def documents(self) -> dict[str, list[str]]:
         return {role: [read_plays()[name] for name in names] for role, names in self.plays.items()}
 
+    @property
+    def described(self) -> dict[str, str | int]:
+        """Tokens and plays by role, for the tracking."""
+        return {**super().described, **{f"plays/{role}": ", ".join(names) for role, names in self.plays.items()}}
+
     def make_tokenizer(self, texts: Sequence[str]) -> Tokenizer:
         # Of all plays, whichever were chosen: a number stands for the same character in each pipeline.
         return Characters.of(read_plays().values()) if self.tokens == "characters" else super().make_tokenizer(texts)

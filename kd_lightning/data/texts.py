@@ -133,6 +133,11 @@ class TextData(RoleData):
         self.setup()
         return {role: len(blocks.tokens) for role, blocks in self._subsets.items()}
 
+    @property
+    def described(self) -> dict[str, str | int]:
+        """Tokens by role, for the tracking."""
+        return {f"tokens/{role}": count for role, count in self.token_counts.items()}
+
     def make_tokenizer(self, texts: Sequence[str]) -> Tokenizer:
         """Return what cuts texts into tokens; of characters those that the texts of all roles have."""
         return read_tokenizer(self.tokens, texts)

@@ -198,6 +198,11 @@ class Pipeline:
         data = make_data(finished[0].training.data, role="distilled", seed=0)
         data.setup("validate")
         data.setup("test")
+        for name, value in data.described.items():
+            if isinstance(value, str):
+                tracking.tag(tracking.run_id, f"data/{name}", value)
+            else:
+                tracking.metrics(tracking.run_id, {f"data/{name}": value})
         tracking.settle()
         costs = self._measure(finished, data)
         parts = self._parts(data)

@@ -71,6 +71,8 @@ def test_tokens_beyond_a_byte_are_kept_whole() -> None:
 def test_plays_are_divided_by_whole_plays_and_are_all_there() -> None:
     data = ShakespeareText()
     assert data.token_counts == {"teacher": 4_012_985, "student": 176_820, "validation": 257_220, "test": 520_445}
+    assert data.described["tokens/student"] == 176_820
+    assert data.described["plays/test"] == "as-you-like-it, henry-v, king-lear, the-tempest"
     assert sum(data.token_counts.values()) == sum(map(len, read_plays().values()))
     tokens, _ = data.subset("student")[0]
     assert data.tokenizer.decode(tokens.tolist()) == read_plays()["hamlet"][:128]

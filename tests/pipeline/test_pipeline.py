@@ -106,7 +106,8 @@ def test_an_assistant_is_taught_by_the_teacher_and_teaches_the_student(finished,
         "distilled-kd-T4-s0",
     ]
     assert any(line.startswith("assistant ") for line in lines)
-    _, _, children = runs(folder)
+    _, parents, children = runs(folder)
+    assert parents[-1].data.metrics["data/samples/labelled"] == 300
     assistant = next(run for run in children if run.data.tags["kd.role"] == "assistant")
     assert assistant.data.metrics["final/agreement"] > 0.5  # with the teacher, whose images and soft targets it learnt
     direct, indirect = [run for run in children if run.data.tags["kd.role"] == "distilled"][-2:]
