@@ -30,6 +30,22 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note_skipped(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note_skipped(report)
+
+
+def _note_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Write down which tests were skipped, where a file is named for it: .ci/run repeats them with the extras."""
+    file = os.environ.get("KD_SKIPPED_TESTS")
+    if file and report.skipped and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(file, "a", encoding="utf-8") as skipped:
+            skipped.write(f"{report.nodeid}\n")
+
+
 @pytest.fixture(autouse=True)
 def _compiled_anew():
     """No test finds another's graphs: after eight of one ``forward``, PyTorch compiles it no more."""
