@@ -1,6 +1,8 @@
 """What a text is cut into: characters, bytes, or the tokens of a Hugging Face tokenizer."""
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +28,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens."""
 
-    def token(self, text: str) -> int | None:
-        """Return the token that stands for a text; None where one alone does not."""
+    def spellings(self) -> Sequence[bytes | None]:
+        """Return the bytes that each token stands for, by number; None where they are not known."""
 
     def lengths(self, per: str) -> NDArray[np.int64]:
         """Return the number of characters, bytes or tokens (``per``) that each token stands for: (size,)."""
@@ -84,8 +86,8 @@ class Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.symbols[i] for i in ids)
 
-    def token(self, text: str) -> int | None:
-        return self._ids.get(text)
+    def spellings(self) -> list[bytes]:
+        return [symbol.encode() for symbol in self.symbols]
 
     def lengths(self, per: str) -> NDArray[np.int64]:
         return np.array([len(symbol.encode()) if per == "byte" else 1 for symbol in self.symbols])
@@ -106,9 +108,8 @@ class Bytes:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
-    def token(self, text: str) -> int | None:
-        encoded = text.encode()
-        return encoded[0] if len(encoded) == 1 else None
+    def spellings(self) -> list[bytes]:
+        return [bytes([byte]) for byte in range(256)]
 
     def lengths(self, per: str) -> NDArray[np.int64]:
         # A character's bytes after its first are 10xxxxxx.
@@ -152,15 +153,52 @@ class HuggingFace:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(list(ids), skip_special_tokens=False))
 
-    def token(self, text: str) -> int | None:
-        ids = self.encode(text)
-        return int(ids[0]) if len(ids) == 1 and self.decode([int(ids[0])]) == text else None
+    def spellings(self) -> list[bytes | None]:
+        """Return the bytes that each token stands for, by number; None where they are not known.
+
+        Decoding one token alone does not tell: it drops a leading space, or shows a part of a character as U+FFFD.
+        """
+        kinds = _decoders(json.loads(self._library.to_str())["decoder"])
+        special = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
+        found: list[bytes | None] = [None] * self.size
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            if i < len(found):
+                found[i] = special[i].encode() if i in special else _spelling(token, kinds)
+        return found
 
     def lengths(self, per: str) -> NDArray[np.int64]:
         texts = [self.decode([i]) for i in range(self.size)]
         return np.array(
             [len(text.encode()) if per == "byte" else len(text) if per == "character" else 1 for text in texts]
         )
+
+
+def _decoders(decoder: Any) -> dict[str, Any]:
+    """Return what a tokenizer's file says of its decoders, by type."""
+    if decoder is None:
+        return {}
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return {step["type"]: step for step in steps}
+
+
+def _spelling(token: str, decoders: Mapping[str, Any]) -> bytes | None:
+    if "ByteLevel" in decoders:
+        return bytes(_BYTES[symbol] for symbol in token) if all(symbol in _BYTES for symbol in token) else None
+    if "ByteFallback" in decoders and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    if "WordPiece" in decoders:
+        return None  # whether a space stands before it depends on its neighbours
+    return token.replace("\u2581", " ").encode() if {"Metaspace", "Replace"} & set(decoders) else token.encode()
+
+
+def _byte_symbols() -> dict[str, int]:
+    """Return the byte that each symbol of a byte-level vocabulary stands for: printable ones for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_symbols()
 
 
 def read_tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:

@@ -1,6 +1,7 @@
 """LightningDataModules that know which samples are the teacher's and which the student's."""
 
 from kd_lightning.data.cifar import CIFAR10, CIFAR100
+from kd_lightning.data.completions import Completions
 from kd_lightning.data.diabetes import Diabetes
 from kd_lightning.data.fashion_items import FashionItems
 from kd_lightning.data.fashion_mnist import FashionMNIST
@@ -15,6 +16,7 @@ from kd_lightning.data.with_ids import WithIds
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "Completions",
     "Diabetes",
     "FashionItems",
     "FashionMNIST",

@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_package_with_its_configs_and_data_and_nothing_else(
     assert {
         "kd_lightning/conf/config.yaml",
         "kd_lightning/data/fashion_mnist_15k.npz",
+        "kd_lightning/data/completions.jsonl.xz",
         "kd_lightning/data/shakespeare.txt.xz",
         "kd_lightning/py.typed",
     } <= names
