@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +27,7 @@ from kd_lightning.configuration.keys import STAGES, check_keys
 from kd_lightning.configuration.parts import Part, by_name, target_of
 from kd_lightning.pipeline.pipeline import Pipeline
 from kd_lightning.pipeline.quantize import QuantizationPlan
-from kd_lightning.pipeline.training import Training, taught_from_disk, taught_through
+from kd_lightning.pipeline.training import PRETRAINED, Training, taught_from_disk, taught_through
 from kd_lightning.preflight.trainer import check_limits
 from kd_lightning.records import TITLES, Role, Verdict
 from kd_lightning.tasks import Task
@@ -189,10 +189,12 @@ def _teacher(config: Mapping[str, Any], label: str = "teacher", member: int | st
     }
     parts["trainer"] = _trainer(config, {"teacher": part})
     path = "teacher.checkpoint" if member is None else "teachers.teachers"
-    checkpoint = Path(part["checkpoint"]) if part["checkpoint"] is not None else None
-    if checkpoint is not None and not checkpoint.is_file():
-        what = "is a folder, expected a file" if checkpoint.is_dir() else "there is no such file"
-        raise ConfigurationError(f"{path}={checkpoint}: {what}")
+    checkpoint = part["checkpoint"]
+    if checkpoint is not None and checkpoint != PRETRAINED:
+        checkpoint = Path(checkpoint)
+        if not checkpoint.is_file():
+            what = "is a folder, expected a file" if checkpoint.is_dir() else "there is no such file"
+            raise ConfigurationError(f"{path}={checkpoint}: {what}")
     return _training(parts, "teacher", label, int(part["seed"]), checkpoint, bool(part["check"]), {"checkpoint": path})
 
 
@@ -288,7 +290,7 @@ def _training(
     role: Role,
     label: str,
     seed: int,
-    checkpoint: Path | None = None,
+    checkpoint: Path | Literal["pretrained"] | None = None,
     check_teacher: bool = True,
     paths: Mapping[str, str] | None = None,
 ) -> Training:
@@ -305,10 +307,11 @@ def _training(
 
     losses, data = parts["losses"], parts["data"].bound()
     config = {key: part.node for key, part in parts.items()}
+    weights = "checkpoint" if isinstance(checkpoint, Path) else PRETRAINED
     return Training(
         role=role,
         label=label,
-        method=_method(losses.node, parts["callbacks"].node) if checkpoint is None else "checkpoint",
+        method=weights if checkpoint is not None else _method(losses.node, parts["callbacks"].node),
         seed=seed,
         config={**config, "seed": seed},
         task=_task(parts["task"]),

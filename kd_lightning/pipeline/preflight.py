@@ -164,7 +164,8 @@ def _check_training(
     if training.checkpoint is not None:
         with training.errors("checkpoint"):
             some = part(evaluated[0], slice(_SAMPLES))._replace(target=_first(evaluated[0].target, _SAMPLES))
-            check_weights(training.network(), training.checkpoint, some, training.task, training.check_teacher)
+            file = training.checkpoint if isinstance(training.checkpoint, Path) else None
+            check_weights(training.network(), file, some, training.task, training.check_teacher)
         return
     with training.errors("callbacks"):
         callbacks = training.callbacks()

@@ -170,7 +170,8 @@ def _make(
     network, fit = training.network(), _Fit()
     data.setup("fit")
     if training.checkpoint is not None:
-        load_weights(network, training.checkpoint)
+        if isinstance(training.checkpoint, Path):
+            load_weights(network, training.checkpoint)
     elif training.quantization is not None and not training.quantization.trained:
         begun = time.perf_counter()
         training.quantization.calibrate(network, data)

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
@@ -77,7 +78,8 @@ class Training:
         scheduler: Likewise.
         callbacks: Makes further callbacks.
         data_of: The role whose training data it gets; its own unless given.
-        checkpoint: Finished weights: nothing is trained, the network is only tested.
+        checkpoint: Finished weights: nothing is trained, the network is only tested. ``"pretrained"`` where it is made
+            with them.
         check_teacher: Refuse a teacher at chance.
         taught_by: Label of the model that teaches this one; None where its teacher's source needs no other model, and
             for an assistant that learns from the labels alone.
@@ -103,7 +105,7 @@ class Training:
     scheduler: Callable[..., Any] | None = None
     callbacks: Callable[[], list[Callback]] = list
     data_of: Role | None = None
-    checkpoint: Path | None = None
+    checkpoint: Path | Literal["pretrained"] | None = None
     check_teacher: bool = True
     taught_by: str | None = "teacher"
     members: Sequence[str] = ()
@@ -201,9 +203,22 @@ class Training:
             "code": self.code(),
             "teacher": teacher if self.needs_teacher else None,
             "judge": judge if self.is_judged_by_teacher or self.is_beside_teacher else None,
-            "checkpoint": self.checkpoint and sha256_of(self.checkpoint),
+            "checkpoint": self._digest_of_weights(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _digest_of_weights(self) -> str | None:
+        if not isinstance(self.checkpoint, str):
+            return None if self.checkpoint is None else sha256_of(self.checkpoint)
+        digest = hashlib.sha256()
+        for name, value in self.network().state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+PRETRAINED: Literal["pretrained"] = "pretrained"
+"""The ``checkpoint`` of a network that is made with its finished weights, such as one of a package or a hub."""
 
 
 def taught_through(

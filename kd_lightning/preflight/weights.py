@@ -17,12 +17,12 @@ _REMEDY = "teacher.check=false trains on it all the same"
 
 
 @torch.no_grad()
-def check_weights(network: nn.Module, file: Path, batch: Batch, task: Task, check_score: bool = True) -> None:
+def check_weights(network: nn.Module, file: Path | None, batch: Batch, task: Task, check_score: bool = True) -> None:
     """Refuse weights that are not finite, a network that knows nothing, and one with its classes in another order.
 
     Args:
         network: Gets the weights.
-        file: A checkpoint of them.
+        file: A checkpoint of them; None for a network that has them.
         batch: Of validation samples, on the CPU.
         task: Says what a good answer is.
         check_score: Whether to look at more than finite weights.
@@ -30,11 +30,13 @@ def check_weights(network: nn.Module, file: Path, batch: Batch, task: Task, chec
     Raises:
         ValueError: With what was expected, what came and what to do.
     """
-    load_weights(network, file)
+    if file is not None:
+        load_weights(network, file)
+    held_by = file or type(network).__name__
     state = network.state_dict().items()
     broken = [name for name, x in state if x.is_floating_point() and not bool(x.isfinite().all())]
     if broken:
-        raise ValueError(f"{file} holds NaN or infinite weights in {', '.join(broken[:3])}, expected finite ones")
+        raise ValueError(f"{held_by} holds NaN or infinite weights in {', '.join(broken[:3])}, expected finite ones")
     if not check_score or batch.target is None or not task.labelled:
         return
     outputs = task.arranged(run(network.eval(), batch.args, batch.kwargs))
@@ -46,13 +48,13 @@ def check_weights(network: nn.Module, file: Path, batch: Batch, task: Task, chec
     renamed = _with_classes_renamed(task, outputs, batch)
     if renamed is not None and renamed > max(value + 0.2, 0.5):
         raise ValueError(
-            f"{file} has {said}, and would have {headline.write(renamed)} with its classes in another order, expected "
-            f"the data set's: sort the classes as in its training. {_REMEDY}"
+            f"{held_by} has {said}, and would have {headline.write(renamed)} with its classes in another order, "
+            f"expected the data set's: sort the classes as in its training. {_REMEDY}"
         )
     nothing = task.knows_nothing(batch.target, classes_of(outputs))
     if nothing is not None and task.is_no_better(scores, nothing):
         raise ValueError(
-            f"{file} is at chance: {said}, expected well {'above' if headline.higher_is_better else 'below'} "
+            f"{held_by} is at chance: {said}, expected well {'above' if headline.higher_is_better else 'below'} "
             f"{headline.write(nothing)}: is it trained, on inputs normalised as these are? {_REMEDY}"
         )
 
