@@ -158,6 +158,11 @@ class TextData(RoleData):
         return found
 
     def training_set(self) -> Blocks:
+        if self.role == "teacher" and "teacher" not in self.counts:
+            raise ValueError(
+                "expected texts for a teacher that is trained, got none: give files for the role, or leave its stage "
+                "out"
+            )
         training: Blocks = self.subset("teacher" if self.role == "teacher" else "student")
         return training
 
@@ -170,7 +175,8 @@ class TextFiles(TextData):
     cut there: no character is in two roles.
 
     Args:
-        files: Paths; or lists of paths by role: ``teacher``, ``student``, ``validation``, ``test``.
+        files: Paths; or lists of paths by role: ``teacher``, ``student``, ``validation``, ``test``. The teacher's may
+            be missing where none is trained, as with :class:`~kd_lightning.data.Completions`.
         shares: Of the characters, by role, where ``files`` names none.
         separator: A line between two documents, such as ``<|endoftext|>``.
         share_texts: Let the student train on the teacher's texts, too.
@@ -193,7 +199,7 @@ class TextFiles(TextData):
         self.files, self.separator, self.share_texts = files, separator, share_texts
         self.shares = dict(_SHARES if shares is None else shares)
         if isinstance(files, Mapping):
-            _check_roles(files)
+            _check_roles(files, share_texts)
         elif (
             set(self.shares) != set(_ROLES)
             or abs(sum(self.shares.values()) - 1) > 1e-6
@@ -218,7 +224,7 @@ class TextFiles(TextData):
             found = divided([text for file in self.files for text in self._read(file)], self.shares)
         if self.share_texts:
             found["student"] = [*found["teacher"], *found["student"]]
-        found = {role: found[role] for role in _ROLES}
+        found = {role: found[role] for role in _ROLES if role in found}
         for role, texts in found.items():
             if sum(map(len, texts)) < 2:
                 raise ValueError(f"expected text for the role {role}, got none: give more files, or a larger share")
@@ -256,9 +262,12 @@ def divided(documents: Sequence[str], shares: Mapping[str, float]) -> dict[str, 
     return found
 
 
-def _check_roles(files: Mapping[str, Sequence[str]]) -> None:
-    if set(files) != set(_ROLES):
-        raise ValueError(f"expected files by role, {', '.join(_ROLES)}, got {', '.join(files)}")
+def _check_roles(files: Mapping[str, Sequence[str]], share_texts: bool) -> None:
+    if {*files, *([] if share_texts else ["teacher"])} != set(_ROLES):
+        raise ValueError(
+            f"expected files by role, {', '.join(_ROLES)}, got {', '.join(files)}: the teacher's alone may be missing, "
+            "where none is trained"
+        )
     seen: dict[str, str] = {}
     for role, some in files.items():
         for file in some:

@@ -108,6 +108,18 @@ def test_the_student_may_share_the_teachers_files(tmp_path: Path) -> None:
     assert data.documents()["student"] == ["abcdefghteacher", "abcdefghstudent"]
 
 
+def test_a_teacher_that_is_not_trained_needs_no_text(tmp_path: Path) -> None:
+    given = four(tmp_path)
+    del given["teacher"]
+    data = TextFiles(given)
+    assert data.documents()["student"] == ["abcdefghstudent"]
+    assert set(data.counts) == {"student", "validation", "test"}
+    with pytest.raises(ValueError, match="expected texts for a teacher that is trained, got none"):
+        TextFiles(given, role="teacher").train_dataloader()
+    with pytest.raises(ValueError, match="expected files by role, teacher, student"):
+        TextFiles(given, share_texts=True)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
