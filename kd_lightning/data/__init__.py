@@ -7,6 +7,7 @@ from kd_lightning.data.fashion_items import FashionItems
 from kd_lightning.data.fashion_mnist import FashionMNIST
 from kd_lightning.data.image_folder import ImageFolder
 from kd_lightning.data.punctuation import ShakespearePunctuation
+from kd_lightning.data.sentences import ShakespeareSentences
 from kd_lightning.data.shakespeare_text import ShakespeareText
 from kd_lightning.data.shape_geometry import ShapeGeometry
 from kd_lightning.data.shape_masks import ShapeMasks
@@ -22,6 +23,7 @@ __all__ = [
     "FashionMNIST",
     "ImageFolder",
     "ShakespearePunctuation",
+    "ShakespeareSentences",
     "ShakespeareText",
     "ShapeGeometry",
     "ShapeMasks",

@@ -2,9 +2,23 @@
 
 from kd_lightning.models.cifar_resnet import CIFARResNet, resnet8x4, resnet32x4
 from kd_lightning.models.gpt import GPT
+from kd_lightning.models.sentences import SentenceEncoder, TokenEncoder
 from kd_lightning.models.small import CNN8, CNN64, MLP32
 from kd_lightning.models.tabular import TabularMLP
 from kd_lightning.models.tagger import Tagger
 from kd_lightning.models.unet import UNet
 
-__all__ = ["CNN8", "CNN64", "GPT", "MLP32", "CIFARResNet", "TabularMLP", "Tagger", "UNet", "resnet8x4", "resnet32x4"]
+__all__ = [
+    "CNN8",
+    "CNN64",
+    "GPT",
+    "MLP32",
+    "CIFARResNet",
+    "SentenceEncoder",
+    "TabularMLP",
+    "Tagger",
+    "TokenEncoder",
+    "UNet",
+    "resnet8x4",
+    "resnet32x4",
+]
