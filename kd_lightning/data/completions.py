@@ -247,6 +247,11 @@ class Completions(RoleData):
         counts = {name: self.texts.token_counts[name] for name in ("student", "validation", "test")}
         return {**counts, "unlabelled": int((written.target != IGNORE_INDEX).sum())}
 
+    @property
+    def described(self) -> dict[str, str | int]:
+        """Tokens by what they are for, for the tracking."""
+        return {f"tokens/{name}": count for name, count in self.token_counts.items()}
+
     def load_subsets(self) -> dict[str, Any]:
         found = {name: self.texts.subset(name) for name in ("student", "validation", "test")}
         passages = list(self._passages())

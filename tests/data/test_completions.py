@@ -101,6 +101,7 @@ def test_each_role_trains_on_its_own(folder: Path) -> None:
         assert (len(batch[0]), len(batch)) == (count, parts)
     assert data.counts == {"student": 26, "validation": 8, "test": 8, "unlabelled": 3}
     assert data.token_counts == {"student": 108, "validation": 60, "test": 60, "unlabelled": 3}
+    assert data.described["tokens/unlabelled"] == 3
     only = made(folder, *lines, role="student", own_texts=False)
     assert len(only.training_set()) == 3
     with pytest.raises(ValueError, match=r"behind an API, expected no training of it: .*stages=\[student,control"):
