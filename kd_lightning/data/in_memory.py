@@ -66,6 +66,10 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
         self.mean, self.std = (255 * torch.tensor(value)[:, None, None] for value in (mean, std))
         self.augment = augment
 
+    @property
+    def augmented(self) -> bool:
+        return self.augment is not None
+
     def __len__(self) -> int:
         return len(self.target)
 

@@ -31,6 +31,8 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
         most: Keep so many windows at most, evenly over the documents; all unless given.
     """
 
+    augmented = False
+
     def __init__(self, documents: Sequence[Any], length: int, stride: int, most: int | None = None) -> None:
         self.length, self.stride = length, stride
         smallest = np.min_scalar_type(max((int(document.max()) for document in documents if len(document)), default=0))

@@ -149,7 +149,7 @@ def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: P
             views=training.stored_outputs["views"],
             format=training.stored_outputs["format"],
             layers=objective.teacher_layers,
-            seed=training.seed,
+            seed=_seed_of_outputs(training, data),
             task=training.task,
             collate_fn=data.collate_fn(),
         )
@@ -211,11 +211,16 @@ def _path_of_outputs(training: Training, data: Data, teacher: FinishedStage, sta
         "teacher": teacher.folder.identity(),
         "data": training.identity_of(data),
         "layers": DistillationObjective(training.losses()).teacher_layers,
-        "seed": training.seed,  # of the augmentation
+        "seed": _seed_of_outputs(training, data),
         **dict(training.stored_outputs or {}),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return stages / f"outputs-{digest[:12]}"
+
+
+def _seed_of_outputs(training: Training, data: Data) -> int:
+    """Return the seed of the augmentation; the same for all trainings where there is none."""
+    return training.seed if data.augmented else 0
 
 
 class _Fit(NamedTuple):

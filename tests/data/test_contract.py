@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning.data import FashionMNIST, WithIds
+from kd_lightning.data import FashionMNIST, ShakespeareText, WithIds
 from kd_lightning.data.contract import Data, make_data
+from kd_lightning.data.in_memory import CropAndFlip, InMemory
 from tests.tiny import loader
 
 
@@ -152,3 +153,20 @@ def test_wrappers_that_a_module_does_not_put_around_its_set_are_refused() -> Non
     ):
         Data(module).check_can_be_wrapped()
     assert module.wrappers == []
+
+
+def test_samples_may_be_augmented_unless_their_set_says_that_they_are_not() -> None:
+    assert Data(Plain()).augmented
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+
+    class Images(Plain):
+        def __init__(self, augment: CropAndFlip | None) -> None:
+            super().__init__()
+            self.set = InMemory(images, torch.zeros(4).long(), [0.0] * 3, [1.0] * 3, augment)
+
+        def training_set(self) -> InMemory:
+            return self.set
+
+    assert Data(Images(CropAndFlip(4, seed=0))).augmented
+    for plain in (Images(None), FashionMNIST(), ShakespeareText()):
+        assert not Data(plain).augmented

@@ -132,6 +132,9 @@ def test_a_network_that_learns_along_needs_no_teacher_and_stays_beside_the_stude
 def test_stored_is_the_stage_store_outputs(folder: Path, run) -> None:
     assert "stored outputs: 300 samples" in run("teachers=stored", "stages=[teacher,distilled]")
     assert run("stages=[teacher,store_outputs,distilled]").count("reused") == 2
+    # Another seed's are the same, as no sample is augmented.
+    run("teachers=stored", "stages=[teacher,distilled]", "seeds=[0,1]")
+    assert len(list(folder.glob("mlruns/stages/outputs-*"))) == 1
 
 
 @pytest.mark.integration
