@@ -142,6 +142,7 @@ class Pipeline:
         rows = [training for training in trainings if training.label not in {member.label for member in self.members}]
         finished: list[FinishedStage] = []
         by_label: dict[str, FinishedStage] = {}
+        stored: set[Path] = set()
         console = self.console if is_rank_zero() else Console(quiet=True)
         count = len(trainings) + (self.quantized.count(rows) if self.quantized is not None else 0)
         with StageProgress(console, count) as progress:
@@ -158,7 +159,7 @@ class Pipeline:
                     finished.append(stage)
                 for waiting in self.to_store:
                     if waiting.taught_by == training.label:
-                        store_teachers_outputs(waiting, stage, self.work_dir)
+                        store_teachers_outputs(waiting, stage, self.work_dir, stored)
             if self.quantized is not None:
                 finished += self.quantized.run(finished, run)
         return finished

@@ -129,8 +129,14 @@ def with_members(training: Training, finished: Mapping[str, FinishedStage]) -> T
     )
 
 
-def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: Path) -> None:
+def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: Path, stored: set[Path]) -> None:
     """Write the teacher's outputs for the samples of a training, where they are not there yet.
+
+    Args:
+        training: Whose samples these are.
+        teacher: The finished model that teaches it.
+        stages: Folder of all stages.
+        stored: What was written or looked through before, for a training with the same needs; is added to.
 
     Raises:
         ValueError: For losses that look into the teacher's network.
@@ -141,6 +147,9 @@ def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: P
     data = training.make_data()
     data.setup("fit")
     path = _path_of_outputs(training, data, teacher, stages)
+    if path in stored:
+        return
+    stored.add(path)
     with held_by_ranks(path, f"the storing of the teacher's outputs for {training.name}"):
         store_outputs(
             teacher.network(),
