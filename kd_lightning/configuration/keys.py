@@ -41,6 +41,7 @@ class StoredOutputsKeys(TypedDict):
 
     views: int
     format: str
+    batch_size: int
 
 
 class Keys(TypedDict):
@@ -111,6 +112,8 @@ def check_keys(config: Mapping[str, Any], written: str) -> None:
     stored = config["stored_outputs"]
     if stored["views"] < 1:
         raise ConfigurationError(f"stored_outputs.views={stored['views']}: expected 1 or more of each sample")
+    if stored["batch_size"] < 1:
+        raise ConfigurationError(f"stored_outputs.batch_size={stored['batch_size']}: expected 1 sample or more")
     with errors_at("stored_outputs", arguments=stored):
         find_format(stored["format"])
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kd_lightning.draws import drawn, hashed_uniform
 from kd_lightning.losses.base import DistillationLoss, check_same_shape, padding, rows
-from kd_lightning.outputs import Outputs
+from kd_lightning.outputs import Outputs, TopK
 from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
@@ -25,7 +25,10 @@ def sampled_label(
         target: Of those, -100 where one does not count; zero, with a gradient of zero, where none does.
     """
     check_same_shape(student_logits, teacher_logits)
-    labels = drawn(rows(teacher_logits.detach()), uniform.flatten())
+    return _cross_entropy(student_logits, drawn(rows(teacher_logits.detach()), uniform.flatten()), target)
+
+
+def _cross_entropy(student_logits: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
     if target is not None:
         labels = labels.masked_fill(target.flatten() == IGNORE_INDEX, IGNORE_INDEX)
     z_s, kept = rows(student_logits), labels != IGNORE_INDEX
@@ -36,7 +39,8 @@ class SampledLabel(DistillationLoss):
     """A label drawn from the teacher for each sample, token or pixel: the fair control of a language model.
 
     The most likely token would take away what a text has of variety. Each place of the data set keeps its label through
-    all epochs, as in a text that was written once; see :func:`sampled_label`.
+    all epochs, as in a text that was written once; see :func:`sampled_label`. Where only the teacher's k best classes
+    are known, it is one of these (top-k sampling).
 
     Args:
         weight: Factor of the term.
@@ -44,14 +48,19 @@ class SampledLabel(DistillationLoss):
     """
 
     needs_sample_ids = True
+    takes_top_k = True
 
     def __init__(self, weight: float = 1.0, seed: int = 0) -> None:
         super().__init__(weight)
         self.seed = seed
 
-    def forward(self, student: Outputs, teacher: Outputs, target: Tensor | None) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs | TopK, target: Tensor | None) -> Tensor:
         assert student.samples is not None
         labels = rows(student.logits)
         places = len(labels) // len(student.samples.ids)
         uniform = hashed_uniform(self.seed, student.samples.ids, places)
+        if isinstance(teacher, TopK):
+            of_best = drawn(teacher.log_probs.flatten(0, -2), uniform.flatten())
+            chosen = teacher.indices.flatten(0, -2).gather(1, of_best[:, None]).squeeze(1)
+            return _cross_entropy(student.logits, chosen, padding(student.logits, target))
         return sampled_label(student.logits, teacher.logits, uniform, padding(student.logits, target))

@@ -158,6 +158,8 @@ def store_teachers_outputs(training: Training, teacher: FinishedStage, stages: P
             views=training.stored_outputs["views"],
             format=training.stored_outputs["format"],
             layers=objective.teacher_layers,
+            batch_size=training.stored_outputs["batch_size"],
+            device=training.trainer(callbacks=[], logger=False, default_root_dir=None).strategy.root_device,
             seed=_seed_of_outputs(training, data),
             task=training.task,
             collate_fn=data.collate_fn(),
@@ -221,7 +223,7 @@ def _path_of_outputs(training: Training, data: Data, teacher: FinishedStage, sta
         "data": training.identity_of(data),
         "layers": DistillationObjective(training.losses()).teacher_layers,
         "seed": _seed_of_outputs(training, data),
-        **dict(training.stored_outputs or {}),
+        **{key: value for key, value in (training.stored_outputs or {}).items() if key != "batch_size"},
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return stages / f"outputs-{digest[:12]}"

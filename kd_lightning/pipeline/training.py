@@ -85,8 +85,8 @@ class Training:
             for an assistant that learns from the labels alone.
         members: Labels of further models that teach it: of an ensemble.
         teacher: Makes the teacher's source, given the networks of ``taught_by`` and ``members``.
-        stored_outputs: ``views`` and ``format`` of the teacher's outputs, where these are stored before the training;
-            None for a live teacher.
+        stored_outputs: ``views``, ``format`` and ``batch_size`` of the teacher's outputs, where these are stored before
+            the training; None for a live teacher.
         quantization: Of a quantised network; None for one in float.
         paths: Where each part stands in the configuration, for errors: ``network`` in ``student.network``.
     """
@@ -204,6 +204,7 @@ class Training:
             "teacher": teacher if self.needs_teacher else None,
             "judge": judge if self.is_judged_by_teacher or self.is_beside_teacher else None,
             "checkpoint": self._digest_of_weights(),
+            "folder": _files_in(self.config.get("network")),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -285,8 +286,18 @@ def taught_from_disk(
             f"the stage store_outputs writes what one network gives, expected teachers=stored, got {make.__name__}: "
             "choose that, or leave the stage out"
         )
-    config = {**training.config, "stored_outputs": stored_outputs}
+    decisive = {key: value for key, value in stored_outputs.items() if key != "batch_size"}
+    config = {**training.config, "stored_outputs": decisive}
     return replace(training, config=config, taught_by=taught_by, stored_outputs=stored_outputs)
+
+
+def _files_in(network: Any) -> list[tuple[str, int, int]] | None:
+    """Tell files apart in the folder that a network is read from, by name, size and time: it may be written anew."""
+    folder = network.get("name") if isinstance(network, Mapping) else None
+    if not isinstance(folder, str) or not Path(folder).is_dir():
+        return None
+    found = ((file.name, file.stat()) for file in sorted(Path(folder).iterdir()) if file.is_file())
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
 
 
 def _digests(part: Any) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """What stored teacher outputs cost to read, to write and to keep: python tests/benchmarks/stored_outputs.py [part ...].
 
-Parts: read, check, formats, replay, growth, step; all of them unless named. Files are in a temporary folder and in the
-system's cache. Ratios are medians of rounds that alternate in one process, with the lowest and the highest.
+Parts: read, check, formats, tokens, replay, growth, step; all of them unless named. Files are in a temporary folder and
+in the system's cache. Ratios are medians of rounds that alternate in one process, with the lowest and the highest.
 """
 
 import contextlib
@@ -160,6 +160,28 @@ def formats(_: Path) -> None:
             print(f"  {title}  {name:8} {stored[0].nbytes:5,} B   T = 1: {errors[0]}   T = 4: {errors[1]}", flush=True)
 
 
+def tokens(_: Path) -> None:
+    print("the 20 best tokens: bytes a token, tokens encoded and decoded a second")
+    for vocabulary in (32_768, 50_257, 128_256, 151_936):
+        code, x = find_format("top20"), torch.randn(256, vocabulary, generator=torch.Generator().manual_seed(0))
+        stored = code.encode(x)
+        many = np.tile(stored, (64, 1))
+        writing = len(x) / min(seconds(lambda c=code, x=x: c.encode(x)) for _ in range(3))
+        reading = len(many) / min(seconds(lambda c=code, m=many, v=vocabulary: c.decode(m, v)) for _ in range(3))
+        print(f"  V = {vocabulary:7,}: {stored[0].nbytes} B, {writing:,.0f} and {reading:,.0f} a second", flush=True)
+    print("KL from float32 in nats at T = 1, V = 151,936, the r-th best token's probability a power of r")
+    ranks = torch.arange(1, 151_937).double()
+    for power in (3.0, 2.0, 1.7, 1.5, 1.3, 1.2):
+        x = (-power * ranks.log()).float()[None]
+        p = x.double().softmax(-1)
+        for name in ("top20", "top50", "top100"):
+            code = find_format(name)
+            kl = float(kl_errors(x, code.dense(code.encode(x), x.shape[-1]))[0])
+            rest = 1 - float(p[0, : int(name[3:])].sum())
+            entropy = float(-(p * p.log()).sum())
+            print(f"  r^-{power}: entropy {entropy:.2f}, {name:6} leaves {rest:.4f}, KL {kl:.1e}", flush=True)
+
+
 class Nothing(Dataset[int]):
     def __len__(self) -> int:
         return 10_000
@@ -311,7 +333,15 @@ def step(folder: Path, rounds: int = 5, steps: int = 50, batch: int = 16) -> Non
     )
 
 
-PARTS = {"read": read, "check": check, "formats": formats, "replay": replay, "growth": growth, "step": step}
+PARTS = {
+    "read": read,
+    "check": check,
+    "formats": formats,
+    "tokens": tokens,
+    "replay": replay,
+    "growth": growth,
+    "step": step,
+}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd_lightning.draws import hashed_uniform
 from kd_lightning.losses import SampledLabel, kd, sampled_label
-from kd_lightning.outputs import Outputs, Samples
+from kd_lightning.outputs import Outputs, Samples, TopK
 
 TEACHER = torch.tensor([0.1, 0.2, 0.7]).log()
 
@@ -67,3 +67,18 @@ def test_places_that_do_not_count_have_no_label() -> None:
     none = sampled_label(logits.requires_grad_(), torch.zeros(2, 3, 4), uniform, torch.full((2, 3), -100))
     assert none == 0
     assert gradient_of(none, logits).abs().sum() == 0
+
+
+def test_of_the_best_classes_alone_one_is_drawn_by_its_probability() -> None:
+    """As from logits in which all others have none."""
+    student, places = torch.randn(64, 5, 6, generator=torch.Generator().manual_seed(0)), 5
+    samples = Samples(torch.arange(64), 64)
+    logits = torch.randn(64, places, 6, generator=torch.Generator().manual_seed(1))
+    log_probs, indices = logits.log_softmax(-1).topk(3)
+    known = torch.full_like(logits, -1e4).scatter(-1, indices, logits.gather(-1, indices))
+    target = torch.zeros(64, places, dtype=torch.long).masked_fill(torch.arange(places) == 2, -100)
+    loss = SampledLabel()
+    order = indices.argsort(-1)
+    best = TopK.of(indices.gather(-1, order), log_probs.gather(-1, order))
+    found = loss(Outputs(student, samples=samples), best, target)
+    torch.testing.assert_close(found, loss(Outputs(student, samples=samples), Outputs(known), target))

@@ -1,5 +1,7 @@
 """A stored row is a known number of bytes, and its softmax nearly the teacher's."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,29 @@ def test_uint8_takes_the_nearest_of_its_levels(classes: int, centre: float, spre
 def test_rows_of_equal_logits_stay_equal() -> None:
     code = find_format("uint8")
     assert torch.equal(code.dense(code.encode(torch.full((2, 7), 3.25)), 7), torch.full((2, 7), 3.25))
+
+
+@pytest.mark.parametrize(("classes", "bits"), [(65_537, 17), (128_256, 17), (151_936, 18), (262_144, 18)])
+def test_of_many_classes_an_index_takes_no_more_bits_than_it_needs(classes: int, bits: int) -> None:
+    code = find_format("top20")
+    x = torch.zeros(2, 3, classes)
+    best = torch.randint(classes, (2, 3, 20), generator=torch.Generator().manual_seed(0))
+    best[0, 0, :2] = torch.tensor([0, classes - 1])
+    x.scatter_(-1, best, 10 + torch.arange(20).flip(0).expand_as(best).float())
+    rows = code.encode(x)
+    assert rows.shape == (2, 3, code.width(classes))
+    assert code.width(classes) == math.ceil(20 * bits / 8) + 44 <= 100
+    found = code.decode(rows, classes)["indices"]
+    for drawn, indices in zip(best.flatten(0, 1).tolist(), found.flatten(0, 1).tolist(), strict=True):
+        unique = list(dict.fromkeys(reversed(drawn)))[::-1]  # of those drawn twice the last was written
+        assert set(indices[: len(unique)]) == set(unique)
+
+
+@pytest.mark.parametrize("classes", [20, 70_000])
+def test_a_single_row_is_read(classes: int) -> None:
+    code, x = find_format("top3"), logits(2, classes)
+    rows = code.encode(x)
+    assert torch.equal(code.dense(rows[:1], classes), code.dense(rows, classes)[:1])
 
 
 @pytest.mark.parametrize("classes", [20, 70_000])
