@@ -28,6 +28,9 @@ class BatchReader:
             left out.
         unwrap: Takes off what was put around a batch.
 
+    Attributes:
+        task: May be set to another.
+
     Raises:
         TypeError: For a selector that is none.
     """
@@ -42,7 +45,7 @@ class BatchReader:
     ) -> None:
         check_selector("teacher_inputs", teacher_inputs)
         check_selector("target", target)
-        self._task, self._unwrap = task, unwrap
+        self.task, self._unwrap = task, unwrap
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
         self._fits = True
         self._without_target: Any = None
@@ -55,7 +58,7 @@ class BatchReader:
         if self._teacher_inputs is not None:
             return Batch(*self.arguments(batch), target, samples, teacher)
         try:
-            return self._task.read(batch)._replace(target=target, samples=samples, teacher=teacher)
+            return self.task.read(batch)._replace(target=target, samples=samples, teacher=teacher)
         except TypeError:
             return Batch((), {}, target, samples, teacher)  # the module knows how to read it
 
@@ -63,10 +66,10 @@ class BatchReader:
         """Return the target; None where the batch has none, or one that no loss reads and that fits no output."""
         target: Any = None
         if self._target is not None:
-            target = self._task.target_of(select(batch, self._target, "target"))
+            target = self.task.target_of(select(batch, self._target, "target"))
         else:
             try:
-                target = self._task.read(batch).target
+                target = self.task.read(batch).target
             except TypeError as error:
                 if self._labels_needed:
                     expected, _, _ = str(error).partition(": pass")
@@ -119,7 +122,7 @@ class BatchReader:
         if isinstance(outputs, TopK):
             return target.shape == outputs.best().shape
         try:
-            self._task.check(target, outputs.logits)
+            self.task.check(target, outputs.logits)
             check_count(target, outputs.logits)
         except ValueError:
             return False

@@ -34,7 +34,7 @@ from kd_lightning.preflight import (
 )
 from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
-from kd_lightning.tasks import Batch, Task, or_classification
+from kd_lightning.tasks import Batch, Task, or_default
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.teachers.base import peers_of
 from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
@@ -55,7 +55,8 @@ class DistillationModule(LightningModule):
         optimizer: Called with the parameters of the student and of the losses.
         scheduler: Called with the optimizer; where it takes ``total_steps`` or ``T_max``, also with the number of
             optimizer steps of the whole training. Stepped after each optimizer step.
-        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
+        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given,
+            and for a language model of ``transformers`` :class:`~kd_lightning.tasks.LanguageModelling`.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
 
     Attributes:
@@ -91,7 +92,7 @@ class DistillationModule(LightningModule):
         self.student = student
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses, peers_of(self.teacher))
-        self.task = or_classification(task)
+        self.task = or_default(task, student)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self.rewrites: list[Callable[[DistillationModule, Batch], Batch]] = []

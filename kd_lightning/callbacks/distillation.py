@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from kd_lightning.preflight import (
     check_heads,
     check_logits,
     check_networks,
+    check_next_tokens,
     check_optimizer,
     check_outputs,
     check_parts,
@@ -49,7 +50,7 @@ from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.selection import Selector
 from kd_lightning.several_calls import check_rows, join, repeated
 from kd_lightning.student_calls import Calls, Seen, StudentCalls
-from kd_lightning.tasks import Batch, Task, or_classification, unwrapped
+from kd_lightning.tasks import Batch, Task, or_default, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Ensemble, Momentum, Teacher, TeacherSource
 from kd_lightning.teachers.base import BatchSource, peers_of
@@ -94,7 +95,8 @@ class Distillation(Callback):
             as the task reads it unless given.
         task_weight: Factor of the module's own loss; at 0 it is left out.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
-        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given.
+        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given,
+            and for a language model of ``transformers`` :class:`~kd_lightning.tasks.LanguageModelling`.
         calls: Of a student that runs several times in a step, such as on two views: ``"all"`` calls, whose outputs are
             joined along the samples, and so are the teacher's for the same inputs, a target being that of each call;
             or the ``"first"``. An error unless given. The second pass of gradient checkpointing is no call.
@@ -137,7 +139,7 @@ class Distillation(Callback):
         self.student_name, self.task_weight = student, task_weight
         self.check_teacher, self.add_parameters = check_teacher, add_parameters
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
-        self.task = or_classification(task)
+        self._given_task, self.task = task, or_default(task, None)
         self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
         self._calls = StudentCalls(
             student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits, calls
@@ -180,11 +182,14 @@ class Distillation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
+            with suppress(ValueError):  # the module may make the student only in configure_model
+                self._take_task(pl_module)
             return
         _check_module(pl_module)
-        self._teacher_scores = TeacherScores(self.task)
         self._divergence = Divergence()
         self._rehearsal = Rehearsal(pl_module, trainer, self._calls)
+        self._take_task(self._rehearsal.module)
+        self._teacher_scores = TeacherScores(self.task)
         self._preflight(pl_module, self._rehearsal)
         _check_averaging(trainer, self)
 
@@ -200,6 +205,13 @@ class Distillation(Callback):
         own = vars(pl_module).get("training_step")
         self._undo.callback(_restore_step, pl_module, own)
         pl_module.training_step = self._distilling_step(pl_module, pl_module.training_step)  # type: ignore[method-assign]
+
+    def _take_task(self, module: LightningModule) -> None:
+        """Take the task that was given, or that of the student, which is known only now."""
+        task = or_default(self._given_task, self._calls.student_of(module))
+        if vars(task) != vars(self.task) or type(task) is not type(self.task):
+            self.task = self._batches.task = task
+            self._teacher_scores, self._metrics_without_labels = TeacherScores(task), MetricsWithoutLabels(task)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         begin_with_next_epoch(trainer, checkpoint)
@@ -455,6 +467,8 @@ class Distillation(Callback):
         student = self.task.arranged(Outputs(seen_outputs.logits.detach(), features, samples))
         check_rows(student, teacher)
         target = repeated(self._batches.target(batch), seen.calls, len(student.logits))
+        for args, kwargs in seen.inputs[:1]:
+            check_next_tokens(attached, self.task, args, kwargs, self._batches.target(batch))
         check_outputs(self.objective, student, teacher, self.task, read=reads)
         if not reads:
             self._scored = self._can_be_scored(student, teacher, target)

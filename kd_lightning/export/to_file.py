@@ -17,7 +17,7 @@ from kd_lightning.export.metadata import check_normalisation, metadata_of
 from kd_lightning.export.writers import WRITERS, Job, Written
 from kd_lightning.outputs import class_dim, run
 from kd_lightning.quantization import is_prepared, set_fake_quantization, spec_of
-from kd_lightning.tasks import Task, or_classification
+from kd_lightning.tasks import Task, or_default
 
 LEAST_AGREEMENT = {"float32": 1.0, "float16": 0.99, "int8": 0.98, "int8_dynamic": 0.95, "int4": 0.9}
 """Agreement on the example's samples. A prepared network is compared as it fake-quantises."""
@@ -78,7 +78,7 @@ def export(
         std: Likewise, what they were then divided by.
         least_agreement: Least agreement of file and network on the example; see ``LEAST_AGREEMENT``.
         task: Says what the outputs mean, and so what agreement is; :class:`~kd_lightning.tasks.Classification` unless
-            given.
+            given, and for a language model of ``transformers`` :class:`~kd_lightning.tasks.LanguageModelling`.
 
     Raises:
         ImportError: Where a package is missing.
@@ -92,7 +92,7 @@ def export(
     """
     path = Path(path)
     check_format(format, precision, path)
-    task = or_classification(task)
+    task = or_default(task, student)
     least = least_agreement
     if least is None:
         least = LEAST_AGREEMENT[precision] if task.over_classes else min(LEAST_AGREEMENT[precision], _LEAST_OF_NUMBERS)

@@ -12,6 +12,7 @@ from kd_lightning.preflight.networks import (
     check_parts,
     check_trainable,
 )
+from kd_lightning.preflight.next_tokens import check_next_tokens
 from kd_lightning.preflight.outputs import check_all_logits, check_logits, check_outputs, check_top_k, classes_of
 from kd_lightning.preflight.teacher_score import check_teacher_score
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_inputs",
     "check_logits",
     "check_networks",
+    "check_next_tokens",
     "check_optimizer",
     "check_outputs",
     "check_parts",

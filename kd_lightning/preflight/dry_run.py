@@ -14,6 +14,7 @@ from kd_lightning.preflight.batches import check_precision, check_source, first_
 from kd_lightning.preflight.heads import check_heads, check_runs_without_logits
 from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
+from kd_lightning.preflight.next_tokens import check_next_tokens
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import TeacherSource
@@ -50,6 +51,7 @@ def dry_run(
     check_networks(student, teacher)
     check_trainable(student)
     _, batch = first_batch(batches, objective, task)
+    check_next_tokens(student, task, batch.args, batch.kwargs, batch.target)
     if not any_precision:
         check_precision(batch, student)
     few = take(batch, samples_needed(objective), task)

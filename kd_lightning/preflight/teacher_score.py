@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kd_lightning.first_batches import SCAN, training_batches
 from kd_lightning.outputs import TopK, class_dim
-from kd_lightning.tasks import Batch, Task
+from kd_lightning.tasks import Batch, HeadlineMetric, Task
 from kd_lightning.teachers import TeacherSource
 
 _SAMPLES = 256
@@ -38,6 +38,11 @@ def check_teacher_score(
         return
     precision = module.trainer.precision_plugin
     scores, targets, width = list[Tensor](), list[Tensor](), 0
+    beside = {
+        key: metric.to(module.device)
+        for key, metric in task.metrics().items(keep_base=True)
+        if isinstance(metric, HeadlineMetric) and key != task.headline.key
+    }
     within_one = task.gives_logits
     for raw in training_batches(module, SCAN):
         batch = (read or task.read)(precision.convert_input(move_data_to_device(raw, module.device)))
@@ -56,6 +61,8 @@ def check_teacher_score(
             within_one = within_one and bool(((logits >= 0) & (logits <= 1)).all())
         scores.append(task.scores(outputs, batch.target))
         targets.append(batch.target)
+        for metric in beside.values():
+            metric.update(outputs, batch.target)
         if sum(map(len, scores)) >= _SAMPLES:
             break
     count = sum(map(len, scores))
@@ -65,7 +72,8 @@ def check_teacher_score(
     value = headline.write(headline.value(found.cpu().numpy()))
     nothing = task.knows_nothing(torch.cat(targets), width)
     known = "" if nothing is None else f" (chance is {headline.write(nothing)})"
-    rank_zero_info(f"teacher: {headline.name} {value} on {count} training {headline.units}{known}")
+    also = "".join(f", {metric.written()}" for metric in beside.values())
+    rank_zero_info(f"teacher: {headline.name} {value}{also} on {count} training {headline.units}{known}")
     if count < _TOO_FEW_TO_JUDGE:
         return
     if nothing is not None and task.is_no_better(found, nothing):

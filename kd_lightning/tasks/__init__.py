@@ -2,7 +2,8 @@
 
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import Batch, Identified, Taught, unwrapped
-from kd_lightning.tasks.classification import Classification, or_classification
+from kd_lightning.tasks.classification import Classification
+from kd_lightning.tasks.default import or_default
 from kd_lightning.tasks.embedding import Embedding
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.language_modelling import LanguageModelling, is_causal
@@ -27,6 +28,6 @@ __all__ = [
     "Taught",
     "TokenClassification",
     "is_causal",
-    "or_classification",
+    "or_default",
     "unwrapped",
 ]

@@ -208,8 +208,3 @@ def _each(shape: Sequence[int]) -> str:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def or_classification(task: Task | None) -> Task:
-    """Return a task that was given, and else that of most people."""
-    return Classification() if task is None else task

@@ -19,6 +19,7 @@ from kd_lightning.tasks.token_classification import TokenClassification
 from kd_lightning.tokens import read_tokenizer
 
 _UNITS_OF_TEXT = ("character", "byte", "token")
+_TOKENS = {"input_ids", "inputs_embeds"}
 _SAME = 0.99
 
 
@@ -28,9 +29,10 @@ class LanguageModelling(TokenClassification):
     Which token a label belongs to is the task's business. A batch (tokens, target) holds as the target of each place
     the token that comes after it. A mapping with ``input_ids`` is in Hugging Face's convention: ``labels`` stand at
     their own tokens' places, as a causal model of ``transformers`` shifts them inside itself; here they are shifted by
-    one, so that all losses and figures see the next token. Without ``labels`` the tokens are their own labels; places
-    that ``attention_mask`` leaves out do not count. Targets that are the tokens themselves, or are shifted twice, are
-    an error before the first step.
+    one, so that all losses and figures see the next token. Without ``labels`` the tokens are their own labels. Places
+    that ``attention_mask`` leaves out do not count, neither as the next token nor as the one that it comes after: what
+    a model says after padding is no prediction. Targets that are the tokens themselves, or are shifted twice, are an
+    error before the first step.
 
     The headline is the cross-entropy in bits per character: what it takes on average to write the test texts down with
     the model's help, −log₂ p of each token. Units are passages; the figure is the sum of their bits over the sum of
@@ -43,7 +45,8 @@ class LanguageModelling(TokenClassification):
         tokenizer: A file of Hugging Face's ``tokenizers`` library (``tokenizer.json``), which says how long tokens are;
             None where a token is what ``per`` says.
         shift: Whether labels stand at their own tokens' places, so that they have to be shifted: by default those of
-            mappings do, unless the model is no causal one (``shift=False``: tokens that were masked).
+            mappings do, unless the model is no causal one (``shift=False``: tokens that were masked, or those of a
+            decoder with an encoder); the labels say then what counts.
         units: What is read as one, plural, as sentences say it.
 
     Raises:
@@ -72,28 +75,31 @@ class LanguageModelling(TokenClassification):
     # What a batch means.
 
     def _read(self, batch: Any) -> Batch:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            read = super()._read(batch)
-            return read._replace(target=_next(read.target)) if self.shift else read
-        given = {key: value for key, value in batch.items() if key not in self.label_keys}
-        labels = next((batch[key] for key in self.label_keys if key in batch), batch["input_ids"])
-        mask = given.get("attention_mask")
+        read = super()._read(batch)
+        if self.shift is False or not isinstance(batch, Mapping) or not _TOKENS & batch.keys():
+            return read
+        labels: Any = batch.get("input_ids") if read.target is None else read.target
+        mask, counts = batch.get("attention_mask"), None
         if isinstance(labels, Tensor) and isinstance(mask, Tensor) and mask.shape == labels.shape:
-            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
-        return Batch((), given, labels if self.shift is False else _next(labels))
+            counts = mask != 0
+            labels = labels.masked_fill(~counts, IGNORE_INDEX)
+        target = labels if self.shift else _next(labels)
+        return read._replace(target=target if counts is None else target.masked_fill(~counts, IGNORE_INDEX))
+
+    def target_of(self, target: Any) -> Any:
+        """Return the next tokens as int64; shifted first where ``shift`` says so."""
+        target = super().target_of(target)
+        return _next(target) if self.shift else target
 
     def check_batch(self, batch: Batch) -> None:
         """Raise ValueError for targets that are the tokens themselves, or the tokens after the next."""
         tokens = batch.kwargs.get("input_ids", next(iter(batch.args), None))
         if self.shift is False or not (isinstance(tokens, Tensor) and isinstance(batch.target, Tensor)):
             return
-        tokens, target = tokens.cpu(), batch.target.cpu()
-        if tokens.shape != target.shape or tokens.ndim != 2 or tokens.shape[1] < 3:
+        place = place_of_labels(tokens.cpu(), batch.target.cpu())
+        if place in (None, 1):
             return
-        found = {by: _share_equal(tokens[:, by:], target[:, : tokens.shape[1] - by]) for by in (0, 1, 2)}
-        if found[1] >= _SAME or max(found[0], found[2]) < _SAME:
-            return
-        if found[0] >= _SAME:
+        if place == 0:
             raise ValueError(
                 "the targets are the tokens themselves, expected the next token of each: shift them in the data set, "
                 "or pass task=LanguageModelling(shift=True) for labels at their own tokens' places"
@@ -185,11 +191,41 @@ def is_causal(network: Any) -> bool:
 
     Known by what these say of themselves: they generate text, and have no encoder. They shift labels inside.
     """
+    config = _config_of_writer(network)
+    return config is not None and not getattr(config, "is_encoder_decoder", False)
+
+
+def is_encoder_decoder(network: Any) -> bool:
+    """Tell whether a network writes text with an encoder and a decoder of ``transformers``, such as T5."""
+    return bool(getattr(_config_of_writer(network), "is_encoder_decoder", False))
+
+
+def place_of_labels(tokens: Tensor, target: Tensor) -> int | None:
+    """Tell how far ahead of its place each label stands in the text: 0, 1 or 2; None where that cannot be told.
+
+    1 where several would do, as in a text of one token.
+
+    Args:
+        tokens: (B, S).
+        target: (B, S), -100 where none counts.
+    """
+    if tokens.shape != target.shape or tokens.ndim != 2 or tokens.shape[1] < 3:
+        return None
+    for ahead in (1, 0, 2):
+        there, labels = tokens[:, ahead:], target[:, : tokens.shape[1] - ahead]
+        counts = labels != IGNORE_INDEX
+        if counts.any() and float((there == labels)[counts].double().mean()) >= _SAME:
+            return ahead
+    return None
+
+
+def _config_of_writer(network: Any) -> Any:
+    """Return the configuration of the outermost model of ``transformers`` if that writes text, else None."""
     for module in network.modules():
         can_generate, config = getattr(module, "can_generate", None), getattr(module, "config", None)
         if callable(can_generate) and config is not None:
-            return bool(can_generate()) and not getattr(config, "is_encoder_decoder", False)
-    return False
+            return config if can_generate() else None
+    return None
 
 
 def _next(labels: Any) -> Any:
@@ -199,11 +235,6 @@ def _next(labels: Any) -> Any:
     shifted = labels.roll(-1, 1)
     shifted[:, -1] = IGNORE_INDEX
     return shifted
-
-
-def _share_equal(tokens: Tensor, target: Tensor) -> float:
-    counts = target != IGNORE_INDEX
-    return float((tokens == target)[counts].double().mean()) if counts.any() else 0.0
 
 
 def _log_p(outputs: AnyOutputs, labels: Tensor, labelled: Tensor) -> Tensor:

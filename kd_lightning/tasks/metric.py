@@ -42,6 +42,10 @@ class HeadlineMetric(Metric):
         self.total = self.total + scores.sum(0)  # takes the shape of one unit's scores
         self.count = self.count + len(scores)
 
+    def written(self) -> str:
+        """Say the figure with its name: ``accuracy 78.1 %``."""
+        return f"{self._task.headline.name} {self._task.headline.write(float(self.compute()))}"
+
     def compute(self) -> Any:
         if not self.count:
             return torch.tensor(float("nan"), device=self.count.device)
