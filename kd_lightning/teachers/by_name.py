@@ -6,15 +6,13 @@ the log what the weights expect, as far as they tell; a teacher at chance on the
 training.
 """
 
-import difflib
-import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from kd_lightning.models.hugging_face import import_extra, load, unknown
 from kd_lightning.teachers.live import Teacher
 
 
@@ -40,9 +38,9 @@ def from_timm(
     """
     if "trust_remote_code" in options:
         raise ValueError("timm runs no code that comes with a model, expected no trust_remote_code: leave it out")
-    timm = _import("timm", "timm")
+    timm = import_extra("timm", "timm")
     if ":" not in name and not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+        raise unknown("timm", name, timm.list_models())
     network = timm.create_model(name, pretrained=pretrained, **options)
     expected = getattr(network, "pretrained_cfg", None) or {}
     _say(name, expected.get("input_size"), expected.get("mean"), expected.get("std"))
@@ -69,15 +67,15 @@ def from_torchvision(
         ImportError: Without torchvision, and for one that was built for another torch.
         ValueError: For a name that it does not have.
     """
-    models = _import("torchvision.models", "vision")
+    models = import_extra("torchvision.models", "vision")
     names = models.list_models(models)
     if name.lower() not in names:
-        raise _unknown("torchvision", name, names)
+        raise unknown("torchvision", name, names)
     found = None
     if weights is not None:
         published = models.get_model_weights(name)
         if weights not in published.__members__:
-            raise _unknown(f"torchvision's {name}", weights, list(published.__members__), "weights")
+            raise unknown(f"torchvision's {name}", weights, list(published.__members__), "weights")
         found = published[weights]
     network = models.get_model(name, weights=found, **options)
     if found is not None:
@@ -108,61 +106,16 @@ def from_transformers(
         pretrained: Whether its weights are loaded; else only its configuration.
         checkpoint: Weights of your own; see :class:`Teacher`.
         accelerate: See :class:`Teacher`.
-        trust_remote_code: Runs the Python files that come with the model, with all that you may do on this machine.
-            Read them first, and name the version that you have read: ``revision="<commit>"``.
+        trust_remote_code: Runs the Python files that come with the model; see
+            :func:`~kd_lightning.models.hugging_face.load`.
         options: Of ``from_pretrained``, or of the configuration where not ``pretrained``, such as ``num_labels``.
 
     Raises:
         ImportError: Without transformers.
-        ValueError: For a head that it does not have; for a model that is made by code of its own, unless that is
-            trusted, with the version that is.
-        OSError: For a name that is neither on the hub nor a folder.
+        ValueError: As :func:`~kd_lightning.models.hugging_face.load`.
     """
-    options["trust_remote_code"] = trust = _trusted(name, trust_remote_code, options)
-    transformers = _import("transformers", "transformers")
-    kind = getattr(transformers, head, None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        heads = [name for name in dir(transformers) if name.startswith("AutoModel")]
-        raise _unknown("transformers", head, heads, "head")
-    try:
-        if pretrained:
-            network = kind.from_pretrained(name, **options)
-        else:
-            config = transformers.AutoConfig.from_pretrained(name, **options)
-            network = kind.from_config(config, trust_remote_code=trust)
-    except ValueError as error:
-        if trust or "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} is made by Python files that come with it, expected a model that transformers itself has: choose "
-            "another one; or read these files, and pass trust_remote_code=True and revision=<the commit that you read>"
-        ) from error
+    network = load(name, head, pretrained, trust_remote_code, **options)
     return Teacher(network, checkpoint, accelerate)
-
-
-def _trusted(name: str, trust: bool, options: Mapping[str, Any]) -> bool:
-    if trust and not Path(name).is_dir() and not options.get("revision"):
-        raise ValueError(
-            f"trust_remote_code=True runs whatever code {name} has today, expected the version that was read: pass "
-            "revision=<its commit>, too"
-        )
-    return trust
-
-
-def _import(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises the latter
-        package = module.partition(".")[0]
-        raise ImportError(
-            f"{package} cannot be imported ({str(error).splitlines()[0]}), expected it for a teacher by name: pip "
-            f"install 'kd-lightning[{extra}]', in versions that belong to the torch that is there"
-        ) from error
-
-
-def _unknown(where: str, name: str, names: Iterable[str], what: str = "model") -> ValueError:
-    nearest = ", ".join(difflib.get_close_matches(name, list(names), n=6, cutoff=0.0))
-    return ValueError(f"{where} has no {what} {name!r}, expected one of its names; nearest: {nearest}")
 
 
 def _say(name: str, size: Any, mean: Any, std: Any) -> None:
