@@ -28,6 +28,8 @@ TELLS = frozenset(
     {
         "__main__.py",
         "cli.py",
+        "command.py",
+        "configuration/assembling.py",
         "configuration/composing.py",
         "configuration/keys.py",
         "pipeline/compare.py",

@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def test_a_torchvision_that_does_not_import_is_named(tmp_path: Path) -> None:
         "raise RuntimeError('operator torchvision::nms does not exist')"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    printed = kd_lightning_anew("--help", cwd=tmp_path, code=1, PYTHONPATH=path)
+    printed = kd_lightning_anew("seeds=[0]", cwd=tmp_path, code=1, PYTHONPATH=path)
     assert printed.startswith(
         "kd-lightning: Lightning cannot be imported, as the installed torchvision cannot (operator"
     )
@@ -88,3 +90,16 @@ def test_a_loss_of_ones_own_is_the_readmes_file_yaml_and_command(finished, tmp_p
     _, _, children = runs(folder)
     values = children[-1].data.metrics
     assert values["train/loss_weighted/logits_l1"] == pytest.approx(0.5 * values["train/loss/logits_l1"])
+
+
+def test_help_and_typos_import_nothing_that_takes_seconds(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['kd-lightning', *sys.argv[1:]]\n"
+        "from kd_lightning.cli import main\n"
+        "try: main()\n"
+        "finally: print('imported', sorted({'torch', 'lightning', 'mlflow', 'onnx'} & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["--cfg", "job"], ["losses.kd.temprature=3"]):
+        ran = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert "imported []" in ran.stdout
+        assert ran.returncode == (arguments == ["losses.kd.temprature=3"])

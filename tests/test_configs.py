@@ -9,7 +9,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.tokens import HuggingFace
 from tests import hugging_face

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kd_lightning.cli import sweep_objective
+from kd_lightning.command import sweep_objective
 from kd_lightning.pipeline.compare import compare
 from tests.pipeline.finished_runs import TASK, Judged, runs, scored, sweep
 

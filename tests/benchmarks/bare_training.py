@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from kd_lightning.callbacks import HyperparameterSchedule
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.data.contract import Data
 from kd_lightning.data.loaders import View
 from kd_lightning.first_batches import loader_batches

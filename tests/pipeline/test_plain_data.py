@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.records import Verdict
 from kd_lightning.stored_outputs import verify
 from tests.tiny import Network, loader, samples

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models import CNN64
 from kd_lightning.pipeline.preflight import check_trainings

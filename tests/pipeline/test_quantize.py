@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from kd_lightning import load_student
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.data import FashionMNIST
 from kd_lightning.models import CNN8
 from kd_lightning.pipeline.quantize import QuantizationPlan

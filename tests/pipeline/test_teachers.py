@@ -11,7 +11,8 @@ import torch
 from hydra.errors import InstantiationException, MissingConfigException
 
 from kd_lightning import load_student
-from kd_lightning.cli import conf_dir, pipeline
+from kd_lightning.cli import conf_dir
+from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.models import CNN8, MLP32
 from kd_lightning.pipeline.pipeline import Pipeline
 from tests.command import TINY, copied, kd_lightning

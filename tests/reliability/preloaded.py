@@ -147,6 +147,7 @@ def _serve() -> None:
     import sqlalchemy.dialects.sqlite
 
     import kd_lightning.cli
+    import kd_lightning.command
 
     del lightning, mlflow, onnx, onnxscript, sqlalchemy
 

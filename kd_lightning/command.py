@@ -1,0 +1,66 @@
+"""What the command does once its configuration is there."""
+
+import os
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from kd_lightning.configuration.arguments import in_a_line
+from kd_lightning.configuration.assembling import pipeline
+from kd_lightning.records import Verdict
+from kd_lightning.tracking.calls import without_credentials
+from kd_lightning.tracking.logger import store_uri
+from kd_lightning.tracking.runs import is_rank_zero
+from kd_lightning.tracking.store import check_store
+
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
+"""What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
+
+
+def run(config: DictConfig, experiment: str | None, overrides: Sequence[str]) -> float | None:
+    """Run a pipeline, and say what came of it.
+
+    Args:
+        config: As it was composed.
+        experiment: The pipeline's name, unless the configuration has one.
+        overrides: With which it was composed.
+
+    Returns:
+        What a Hydra sweeper optimises; None without a verdict.
+    """
+    try:
+        job = pipeline(config, experiment, overrides)
+        if config.logger and is_rank_zero():
+            check_store(store_uri(config.logger.get("tracking_uri")))
+        verdict = job.run()
+    except Exception as error:
+        of_tracking = type(error).__module__.startswith("mlflow")  # which is not imported for this alone
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (of_tracking or isinstance(error, _MISTAKES)):
+            raise
+        raise SystemExit(f"kd-lightning: {'logger: ' if of_tracking else ''}{in_a_line(error)}") from error
+    if verdict is None:
+        return None
+    if config.logger:
+        _say_where(job.console, config.logger.get("tracking_uri"))
+    return sweep_objective(verdict)
+
+
+def sweep_objective(verdict: Verdict) -> float | None:
+    """Return what a Hydra sweeper optimises: the distilled model's headline on the validation split.
+
+    Accuracies and other headlines of which more is better are to be maximised, errors to be minimised: set the
+    sweeper's ``direction`` to that.
+    """
+    chosen = verdict.models.get(verdict.distilled or "")
+    return chosen.figures.get("val") if chosen is not None else None
+
+
+def _say_where(console: Console, tracking_uri: str | None) -> None:
+    uri = without_credentials(store_uri(tracking_uri))
+    console.print()
+    if uri.startswith(("http:", "https:")):
+        console.print(f"Every run: {uri}", highlight=False)
+    else:
+        console.print(f"Every run, side by side: mlflow ui --backend-store-uri {uri}", highlight=False, soft_wrap=True)
