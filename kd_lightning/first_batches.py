@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
+from kd_lightning.namespaces import of_both
+
 SCAN = 100
 """Batches that are looked through, for a labelled one or for samples to judge a teacher on."""
 _END = object()
@@ -70,7 +72,9 @@ def _iterate(loader: Any) -> Iterator[Any]:
     elif isinstance(loader, DataLoader):
         yield from _unshared(loader)
     else:
-        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        combined: Any = loader
+        if not isinstance(loader, of_both(CombinedLoader)):
+            combined = CombinedLoader(loader, "max_size_cycle")
         for batch, _, _ in combined:
             yield batch
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd_lightning.dry_forward import unknown_layer
 from kd_lightning.first_batches import untouched_rng
+from kd_lightning.namespaces import of_both
 from kd_lightning.student_calls import Seen, StudentCalls
 from kd_lightning.tasks import Batch, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
@@ -31,8 +31,9 @@ class Rehearsal:
 
     def __init__(self, module: LightningModule, trainer: Trainer, calls: StudentCalls) -> None:
         self.trainer, self.calls = trainer, calls
+        shareable = (Dataset, DataLoader, *of_both(LightningDataModule))
         # No step changes a data set, and it may be as large as the memory.
-        shared = [x for x in vars(module).values() if isinstance(x, Dataset | DataLoader | LightningDataModule)]
+        shared = [x for x in vars(module).values() if isinstance(x, shareable)]
         with untouched_rng():
             try:
                 self.module = copy.deepcopy(module, {id(x): x for x in shared})
@@ -47,12 +48,10 @@ class Rehearsal:
                 for name in ("forward", "training_step"):
                     vars(self.module).pop(name, None)
             for part in self.module.modules():
-                if isinstance(part, LightningModule):
-                    part.log = _silent  # type: ignore[method-assign]
-            if is_overridden("setup", self.module):
-                self.module.setup("fit")
-            if is_overridden("configure_model", self.module):
-                self.module.configure_model()
+                if isinstance(part, of_both(LightningModule)):
+                    vars(part)["log"] = _silent
+            self.module.setup("fit")
+            self.module.configure_model()
 
     def run(self, batch: Any, layers: tuple[str, ...] = ()) -> Seen:
         """Return what was seen of the student in a step.

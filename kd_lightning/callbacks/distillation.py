@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from kd_lightning.first_batches import training_batches, training_loader
 from kd_lightning.idle_heads import idle
 from kd_lightning.logits_place import LogitsPlace
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
+from kd_lightning.namespaces import Callback
 from kd_lightning.objective import DistillationObjective, Term, find_objective
 from kd_lightning.outputs import AnyOutputs, Outputs, Samples, TopK
 from kd_lightning.preflight import (

@@ -2,9 +2,10 @@
 
 from operator import attrgetter
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from kd_lightning.losses.base import DistillationLoss, is_finite_number
+from kd_lightning.namespaces import Callback
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.schedules import Schedule

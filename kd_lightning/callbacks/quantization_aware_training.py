@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
+from kd_lightning.namespaces import Callback
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import find_layer
 from kd_lightning.progress import check_length_is_known, progress
@@ -107,9 +107,8 @@ class QuantizationAwareTraining(Callback):
         if stage == "fit":
             _check_trainer(trainer)
         before = [name for name, _ in pl_module.named_modules()] if is_prepared(pl_module) else None
-        if is_overridden("configure_model", pl_module):
-            # What it makes has to be there, and so has what a loss adds to the student of a DistillationModule.
-            pl_module.configure_model()
+        # What it makes has to be there, and so has what a loss adds to the student of a DistillationModule.
+        pl_module.configure_model()
         network = self._find(trainer, pl_module)
         if not is_prepared(network):
             for teacher in _copying_teachers(trainer, pl_module):

@@ -16,6 +16,7 @@ from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd_lightning.durable_files import remove_leftovers, temporary_suffix
+from kd_lightning.namespaces import of_both
 from kd_lightning.tracking.calls import REQUEST_SECONDS, within
 from kd_lightning.tracking.delivery import PATIENCE, Delivery, delivery_to
 from kd_lightning.tracking.opening import OpenRun, new_key
@@ -65,6 +66,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
     ) -> None:
         if not experiment_name:
             raise ValueError(f"expected experiment_name to be a name, got {experiment_name!r}: leave it out")
+        _register()
         uri = store_uri(tracking_uri)
         file = sqlite_file(uri)
         if file is not None:
@@ -197,6 +199,15 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
         mlflow.set_tracking_uri(self._tracking_uri)  # as Lightning's logger does
         self._initialized = True
+
+
+def _register() -> None:
+    """Make it a logger of ``pytorch_lightning`` as well, once that is imported: ``LightningCLI`` looks at the class."""
+    for kind in of_both(loggers.Logger):
+        kind.register(MLFlowLogger)  # type: ignore[attr-defined]
+
+
+_register()
 
 
 def store_uri(tracking_uri: str | None = None) -> str:
