@@ -128,14 +128,20 @@ def not_finite(network: nn.Module, name: str = "student", buffers: bool = False)
     Buffers, which a forward pass may have spoiled in this very step, are looked at where that is asked. They may be
     infinite, as masks are, but not NaN.
     """
-    found = {weight: p.isfinite().all() for weight, p in network.named_parameters() if p.is_floating_point()}
+    found = {weight: _ends(p).isfinite().all() for weight, p in network.named_parameters() if p.is_floating_point()}
     if buffers:
-        found |= {weight: ~x.isnan().any() for weight, x in network.named_buffers() if x.is_floating_point()}
+        found |= {weight: ~_ends(x).isnan().any() for weight, x in network.named_buffers() if x.is_floating_point()}
     if not found or bool(torch.stack([x.to(next(iter(found.values())).device) for x in found.values()]).all()):
         return None
     bad = [weight for weight, fine in found.items() if not fine]
     more = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
     return f"the {name}'s weights {bad[0]!r}{more} {_HOLD}"
+
+
+def _ends(x: Tensor) -> Tensor:
+    """Return the smallest and the largest value, NaN where one is: to look at each would take memory for them all."""
+    plain = type(x.data) is Tensor and x.layout is torch.strided and x.element_size() > 1
+    return torch.stack(x.detach().aminmax()) if plain and x.numel() else x
 
 
 def _not_finite_in(values: Any) -> bool:

@@ -40,7 +40,7 @@ def dry_forward(
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with untouched_rng(), _uncompiled(), torch.set_grad_enabled(with_graph):
+        with untouched_rng(), uncompiled(), torch.set_grad_enabled(with_graph):
             parameter = next(network.parameters(), None)
             if parameter is not None:
                 args, kwargs = (_fit(x, parameter) for x in (args, kwargs))
@@ -64,7 +64,7 @@ def dry_forward(
             module.training = mode
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+def uncompiled() -> AbstractContextManager[object]:
     """Run compiled networks as they were written.
 
     Compiled for a few samples first, they would be compiled again at the first step: for any number, and slower.

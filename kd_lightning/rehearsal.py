@@ -1,6 +1,5 @@
-"""Try ``training_step`` before training, without a trace in the module."""
+"""Try ``training_step`` before training, without a trace in the module, and without its weights a second time."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning.dry_forward import unknown_layer
+from kd_lightning.borrowed_weights import BorrowedWeights
+from kd_lightning.dry_forward import uncompiled, unknown_layer
 from kd_lightning.first_batches import untouched_rng
 from kd_lightning.namespaces import of_both
 from kd_lightning.student_calls import Seen, StudentCalls
@@ -22,6 +22,8 @@ from kd_lightning.tasks.batch import Unwrapped
 class Rehearsal:
     """A copy of a module whose ``training_step`` runs on some batches, where nothing is logged.
 
+    It has the module's own weights, whose bits stay as they are: a large student does not need its memory twice.
+
     ``setup`` and ``configure_model`` are called on the copy: the Trainer calls those of the module itself only after
     the callbacks' ``setup``.
 
@@ -31,12 +33,13 @@ class Rehearsal:
 
     def __init__(self, module: LightningModule, trainer: Trainer, calls: StudentCalls) -> None:
         self.trainer, self.calls = trainer, calls
+        self._weights = BorrowedWeights()
         shareable = (Dataset, DataLoader, *of_both(LightningDataModule))
         # No step changes a data set, and it may be as large as the memory.
         shared = [x for x in vars(module).values() if isinstance(x, shareable)]
         with untouched_rng():
             try:
-                self.module = copy.deepcopy(module, {id(x): x for x in shared})
+                self.module = self._weights.copy(module, {id(x): x for x in shared})
             except Exception as error:
                 raise ValueError(
                     f"{type(module).__name__} cannot be copied ({error}), expected to try its training_step on a copy "
@@ -50,8 +53,14 @@ class Rehearsal:
             for part in self.module.modules():
                 if isinstance(part, of_both(LightningModule)):
                     vars(part)["log"] = _silent
-            self.module.setup("fit")
-            self.module.configure_model()
+            with uncompiled(), self._weights.kept_apart():
+                self.module.setup("fit")
+                self.module.configure_model()
+
+    def move_along(self, module: LightningModule) -> None:
+        """Have the weights of the module where that is now."""
+        self._weights.renew(self.module, module)
+        self.module.to(module.device)
 
     def run(self, batch: Any, layers: tuple[str, ...] = ()) -> Seen:
         """Return what was seen of the student in a step.
@@ -72,6 +81,8 @@ class Rehearsal:
         try:
             with (
                 untouched_rng(),
+                uncompiled(),
+                self._weights.kept_apart(),
                 torch.enable_grad(),
                 self.trainer.precision_plugin.forward_context(),
                 self.calls.watch(self.module, layers, once=True) as seen,

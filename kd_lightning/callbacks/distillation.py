@@ -252,7 +252,7 @@ class Distillation(Callback):
             check_optimizer(trainer.optimizers, dict(self._calls.student_of(pl_module).named_parameters()))
         assert self._rehearsal is not None
         if self.check_teacher and self._scored:
-            self._rehearsal.module.to(pl_module.device)
+            self._rehearsal.move_along(pl_module)
             read: Callable[[Any], Batch] = self._batches.read
             if self._calls.inputs:
                 read = read_as_in_training(self._rehearsal, self._batches.target, self._unwrap)
