@@ -484,11 +484,10 @@ class Distillation(Callback):
             if self.task.over_classes:
                 warn_of_missing_classes(loader, classes_of(student), names)
         elif reads:
-            given = first.target if isinstance(first.target, Tensor) else None
-            self.task.check_dimensions(student.logits, given)
+            self._scored = self._tells_classes(student, target)
+            if self._scored:
+                self._check_kind(student, first.target)
             self._batches.note_fit(target, student)
-            if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
-                self.task.check(given, student.logits)  # several labels a sample, or quantities: another task
         self.objective.build(student, teacher, attached, self.teacher.network)
         # Of the copy, whose outputs these are: its setup may have loaded weights that the module does not have yet.
         if self.teacher.network is not None:
@@ -503,8 +502,15 @@ class Distillation(Callback):
         """Raise ValueError where outputs, or targets that no loss reads, are those of another task."""
         given = target if isinstance(target, Tensor) else None
         self.task.check_dimensions(student.logits, given)
-        if given is not None and given.is_floating_point() and given.shape[1:] == student.logits.shape[1:]:
-            self.task.check(given, student.logits)  # several labels a sample, or quantities
+        if given is not None:
+            self.task.check_unread(given, student.logits)
+
+    def _tells_classes(self, student: Outputs, target: Any) -> bool:
+        """Tell whether outputs are those of the task, where no loss reads a target that would tell."""
+        if not self.task.over_classes or any(loss.over_classes for loss in self.objective.named_losses().values()):
+            return True
+        quantities = isinstance(target, Tensor) and target.is_floating_point()
+        return not quantities or target.shape[1:] == student.logits.shape[1:]
 
     def _can_be_scored(self, student: Outputs, teacher: AnyOutputs, target: Any) -> bool:
         """Tell whether outputs that no loss reads are logits all the same."""

@@ -133,6 +133,14 @@ class Task:
         Also asked where no loss reads the target, which may then be none that :meth:`check` knows.
         """
 
+    def check_unread(self, target: Tensor, logits: Tensor) -> None:
+        """Raise ValueError for a target that no loss reads, where it tells that the outputs are another task's.
+
+        A target that fits nothing is no such one: it may well be something else that the module's step needs.
+        """
+        if target.is_floating_point() and target.shape[1:] == logits.shape[1:]:
+            self.check(target, logits)
+
     def check_arguments(self, width: int) -> None:
         """Raise ValueError where the task's own arguments do not go with a network's number of outputs."""
 

@@ -146,15 +146,29 @@ class Classification(Task):
         """Raise ValueError for logits that may be (B, C, L) or (B, S, C), where labels (B, S) do not tell."""
         if logits.ndim != 3 or self.class_dim is not None:
             return
-        if target is not None and target.is_floating_point():
-            return  # probabilities of the logits' shape, or what no class is read of
+        if target is not None and target.is_floating_point() and target.shape[1:] == logits.shape[1:]:
+            return  # probabilities
         if target is not None and target.shape[1:] == logits.shape[1:2] != logits.shape[2:]:
             return
         given = "no labels" if target is None else f"labels {_each(target.shape)}"
         raise ValueError(
             f"the logits {_each(logits.shape)} have {given}, which do not tell the dimension of the classes, expected "
-            f"it to be named: pass task={type(self).__name__}(class_dim=2) for (B, S, C), or class_dim=1 for (B, C, L)"
+            f"it to be named: pass task={type(self).__name__}(class_dim=2) for (B, S, C), or class_dim=1 for "
+            "(B, C, L); or task=Regression() for values that are no classes"
         )
+
+    def check_unread(self, target: Tensor, logits: Tensor) -> None:
+        of_each_class = target.shape[1:] == logits.shape[1:]
+        if of_each_class and _marks(target):
+            target = target.float()  # one-hot, or several labels a sample
+        super().check_unread(target, logits)
+        quantity = target.is_floating_point() and target.ndim > 0 and target.numel() == len(target)
+        if quantity and not of_each_class and not bool((target == target.round()).all()):
+            raise ValueError(
+                f"the target is {_dtype(target)} of shape {tuple(target.shape)}, one quantity a sample, expected "
+                f"classes for a softmax over outputs {_each(logits.shape)}: pass task=Regression() with losses on "
+                "values, such as TeacherRegression or LogitsMSE; where it is no target, name another with target="
+            )
 
     def _check_shape(self, target: Tensor, logits: Tensor) -> None:
         expected = classes_last(logits).shape[1:-1]
@@ -166,6 +180,8 @@ class Classification(Task):
             name = type(self).__name__
             remedy = f"where the classes are the second dimension, (B, C, L), pass task={name}(class_dim=1)"
         elif target.shape[1:] == logits.shape[1:]:
+            if _marks(target):
+                _check_probabilities(target.float(), logits)  # several labels a sample are told of there
             remedy = f"one-hot labels become indices by target.argmax({class_dim(logits) % logits.ndim})"
         elif target.ndim == 2 and target.shape[1] == 1:
             remedy = "call target.squeeze(1)"
@@ -175,6 +191,11 @@ class Classification(Task):
             f"the target is {_dtype(target)} of shape {tuple(target.shape)}, expected class indices "
             f"{_each((0, *expected))} for logits {_each(logits.shape)}: {remedy}"
         )
+
+
+def _marks(target: Tensor) -> bool:
+    """Tell whether a target is 0 or 1 for each class, as integers: one-hot, or several labels a sample."""
+    return not target.is_floating_point() and bool(((target == 0) | (target == 1)).all())
 
 
 def _check_probabilities(target: Tensor, logits: Tensor) -> None:
@@ -191,7 +212,10 @@ def _check_probabilities(target: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{got}, expected probabilities of the logits' shape {_each(logits.shape)}")
     rows = classes_last(target)
     if not bool((rows >= 0).all()):
-        raise ValueError("the targets hold negative or NaN values, expected class indices, or probabilities of classes")
+        raise ValueError(
+            "the targets hold negative or NaN values, expected class indices, or probabilities of "
+            "classes: pass task=Regression() for quantities"
+        )
     sums = rows.sum(-1).flatten()
     wrong = sums[(sums - 1).abs() > 1e-2]
     if wrong.numel():
