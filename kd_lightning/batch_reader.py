@@ -163,6 +163,11 @@ class BatchReader:
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         assert self._teacher_inputs is not None
         inputs = select(batch, self._teacher_inputs, "teacher_inputs")
+        if inputs is None:
+            raise ValueError(
+                f"teacher_inputs= gives None, expected a tensor, a tuple or a mapping: return a part of "
+                f"{describe(batch)}"
+            )
         if isinstance(inputs, Mapping):
             return (), inputs
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
@@ -174,7 +179,7 @@ def check_count(target: Any, logits: Tensor) -> None:
     Raises:
         ValueError: With both shapes.
     """
-    if isinstance(target, Tensor) and target.ndim and len(target) != len(logits):
+    if isinstance(target, Tensor) and (not target.ndim or len(target) != len(logits)):
         raise _other_count(target, f"the student's logits {tuple(logits.shape)}")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_lightning.first_batches import untouched_rng
 from kd_lightning.outputs import Outputs, nearest_layers, run
+from kd_lightning.selection import describe
 
 
 def dry_forward(
@@ -50,14 +51,14 @@ def dry_forward(
                         role, network, unknown[0], lambda: network(*args, **kwargs), len(args[0]) if args else "some"
                     )
                 return run(network, args, kwargs, layers)
-            except (RuntimeError, TypeError, IndexError) as error:
+            except (RuntimeError, TypeError, LookupError, AttributeError) as error:
                 if "layer '" in str(error):  # of the capture: names the layer and the remedy already
                     raise ValueError(f"{role}: {error}") from error
-                shapes = [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+                own = ", or name inputs of its own with Distillation(..., teacher_inputs=)" if role != "student" else ""
                 raise ValueError(
-                    f"the {role} {type(network).__name__} cannot take a batch of shape {', '.join(map(str, shapes))}: "
-                    f"{str(error).splitlines()[0]}; expected inputs as the network was made for: check channels, image "
-                    "size and the data module"
+                    f"the {role} {type(network).__name__} cannot take {_inputs(args, kwargs)}: "
+                    f"{_first_line(error)}; expected inputs as the network was made for: check channels, image "
+                    f"size and the data module{own}"
                 ) from error
     finally:
         for module, mode in modes.items():
@@ -73,6 +74,19 @@ def uncompiled() -> AbstractContextManager[object]:
     if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):  # since torch 2.6
         eager = torch.compiler.set_stance("force_eager")
     return eager
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    given = (*args, *kwargs.values())
+    if given and all(isinstance(x, Tensor) for x in given):
+        return f"a batch of shape {', '.join(str(tuple(x.shape)) for x in given)}"
+    named = [*map(describe, args), *(f"{name}= {describe(x)}" for name, x in kwargs.items())]
+    return " and ".join(named) or "no inputs"
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).partition("\n")[0]
+    return said if isinstance(error, RuntimeError | TypeError | IndexError) else f"{type(error).__name__}: {said}"
 
 
 def _fit(data: Any, parameter: Tensor) -> Any:

@@ -26,6 +26,7 @@ from kd_lightning.preflight import (
     check_networks,
     check_optimizer,
     check_parts,
+    check_task,
     check_teacher_score,
     converts_inputs,
     dry_run,
@@ -93,6 +94,7 @@ class DistillationModule(LightningModule):
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses, peers_of(self.teacher))
         self.task = or_default(task, student)
+        check_task(self.task)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler
         self.rewrites: list[Callable[[DistillationModule, Batch], Batch]] = []

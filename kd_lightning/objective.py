@@ -45,7 +45,12 @@ class DistillationObjective(nn.Module):
             raise ValueError("expected at least one loss, got none: pass for instance losses={'kd': KD()}")
         for name, loss in losses.items():
             if not isinstance(loss, DistillationLoss):
-                raise TypeError(f"loss {name!r} is a {type(loss).__name__}, expected a DistillationLoss: subclass it")
+                raise TypeError(f"loss {name!r} is {_no_loss(loss)}")
+            layers = [layer for layer in (*loss.student_layers, *loss.teacher_layers) if not isinstance(layer, str)]
+            if layers:
+                raise TypeError(
+                    f"loss {name!r} has the layer {layers[0]!r}, expected a name: pass one of named_modules()"
+                )
             if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
                 raise ValueError(f"expected a loss's name to be a word without dots, got {name!r}: rename it")
         self.losses = nn.ModuleDict(losses)
@@ -196,6 +201,12 @@ class DistillationObjective(nn.Module):
         return [(name, loss) for name, loss in own.items() if isinstance(loss, DistillationLoss)]
 
 
+def _no_loss(loss: object) -> str:
+    if isinstance(loss, type) and issubclass(loss, DistillationLoss):
+        return f"the class {loss.__name__}, expected a DistillationLoss: call it, {loss.__name__}()"
+    return f"a {type(loss).__name__}, expected a DistillationLoss: subclass it"
+
+
 def _term(
     name: str,
     loss: DistillationLoss,
@@ -210,6 +221,10 @@ def _term(
         temperature = getattr(loss, "temperature", None)
         against = teachers if loss.needs_teacher else teachers[:1]
         raw = [loss(*_batch_of(loss, student, one.softened(temperature), target)) for one in against]
+        for value in raw:
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"expected forward to return one number, a tensor (), got {got}: take its mean")
         mean = raw[0] if len(raw) == 1 else torch.stack(raw).mean()
         return Term(mean, loss.weight * mean)
 

@@ -308,6 +308,20 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
+def check_name(argument: str, name: object) -> None:
+    """Raise TypeError for what is no name of a network in a module.
+
+    Args:
+        argument: That it was passed as.
+        name: As it was passed.
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"expected {argument}= to be the name of a network in the module, got a {type(name).__name__}: pass "
+            f'{argument}="net" for self.net'
+        )
+
+
 def find_layer(network: nn.Module, name: str) -> nn.Module:
     """Return the submodule of that name.
 

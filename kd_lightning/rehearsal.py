@@ -24,6 +24,9 @@ class Rehearsal:
 
     It has the module's own weights, whose bits stay as they are: a large student does not need its memory twice.
 
+    Attributes:
+        returned: What the last step returned; None where it broke off.
+
     ``setup`` and ``configure_model`` are called on the copy: the Trainer calls those of the module itself only after
     the callbacks' ``setup``.
 
@@ -33,7 +36,7 @@ class Rehearsal:
 
     def __init__(self, module: LightningModule, trainer: Trainer, calls: StudentCalls) -> None:
         self.trainer, self.calls = trainer, calls
-        self._weights = BorrowedWeights()
+        self._weights, self.returned = BorrowedWeights(), None
         shareable = (Dataset, DataLoader, *of_both(LightningDataModule))
         # No step changes a data set, and it may be as large as the memory.
         shared = [x for x in vars(module).values() if isinstance(x, shareable)]
@@ -77,7 +80,8 @@ class Rehearsal:
             if name not in known:
                 student = self.calls.student_of(self.module)
                 raise unknown_layer("student", student, name, lambda: self.run(batch), "some")
-        seen = Seen()
+        self.calls.logits.layer_in(self.calls.student_of(self.module))  # is refused by its own name, where it is none
+        seen, self.returned = Seen(), None
         try:
             with (
                 untouched_rng(),
@@ -87,7 +91,7 @@ class Rehearsal:
                 self.trainer.precision_plugin.forward_context(),
                 self.calls.watch(self.module, layers, once=True) as seen,
             ):
-                self._step(batch)
+                self.returned = self._step(batch)
         except Exception as error:
             if seen.problem:
                 raise ValueError(seen.problem) from error
@@ -106,7 +110,7 @@ class Rehearsal:
                 ) from error
         return seen
 
-    def _step(self, batch: Any) -> None:
+    def _step(self, batch: Any) -> Any:
         self.trainer.precision_plugin.convert_module(self.module)
         batch = unwrapped(batch).batch
         parameter = next(self.module.parameters(), None)
@@ -117,7 +121,7 @@ class Rehearsal:
         # What the step says to a logger by itself is silenced, too.
         loggers, self.trainer.loggers = self.trainer.loggers, []
         try:
-            step(batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+            return step(batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
         finally:
             self.trainer.loggers = loggers
 

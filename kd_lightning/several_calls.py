@@ -66,6 +66,6 @@ def check_rows(student: Outputs, teacher: AnyOutputs) -> None:
     if got.numel() and expected.numel() and len(got) != len(expected):
         raise ValueError(
             f"the teacher gives outputs {tuple(got.shape)} and the student {tuple(expected.shape)}, expected as many "
-            "samples: make the teacher's arguments for all calls of the student with teacher_inputs=, or take "
-            'calls="first"'
+            "samples: let it return a row for each, make the teacher's arguments for all calls of the student with "
+            'teacher_inputs=, or take calls="first"'
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.logits_place import LogitsPlace
-from kd_lightning.outputs import find_layer, in_backward, joined, ran_several_times, tap
+from kd_lightning.outputs import check_name, find_layer, in_backward, joined, ran_several_times, tap
 
 Calls: TypeAlias = Literal["once", "first", "all"]
 
@@ -73,6 +73,7 @@ class StudentCalls:
     calls: Calls = "once"
 
     def __post_init__(self) -> None:
+        check_name("student", self.student)
         if self.calls not in get_args(Calls):
             raise ValueError(f"expected calls to be one of {', '.join(get_args(Calls))}, got {self.calls!r}")
 

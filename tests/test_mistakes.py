@@ -258,7 +258,7 @@ def test_what_is_made_already_is_named() -> None:
         ({"a.b": KD()}, "expected a loss's name to be a word without dots, got 'a.b': rename it"),
         ({1: KD()}, "expected a loss's name to be a word without dots, got 1"),
         ({"train": KD()}, "got 'train'"),
-        ({"kd": KD}, "loss 'kd' is a type, expected a DistillationLoss"),
+        ({"kd": KD}, "loss 'kd' is the class KD, expected a DistillationLoss: call it"),
     ],
     ids=str,
 )

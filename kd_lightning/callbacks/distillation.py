@@ -35,6 +35,7 @@ from kd_lightning.preflight import (
     check_parts,
     check_runs_without_logits,
     check_source,
+    check_task,
     check_teacher_score,
     check_top_k,
     check_trainable,
@@ -48,7 +49,7 @@ from kd_lightning.preflight import (
 from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.rehearsal import Rehearsal, few, read_as_in_training
 from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
-from kd_lightning.selection import Selector
+from kd_lightning.selection import Selector, describe
 from kd_lightning.several_calls import check_rows, join, repeated
 from kd_lightning.student_calls import Calls, Seen, StudentCalls
 from kd_lightning.tasks import Batch, Task, or_default, unwrapped
@@ -141,6 +142,7 @@ class Distillation(Callback):
         self.check_teacher, self.add_parameters = check_teacher, add_parameters
         labels_needed = any(loss.needs_labels for loss in self.objective.named_losses().values())
         self._given_task, self.task = task, or_default(task, None)
+        check_task(self.task)
         self._batches = BatchReader(self.task, teacher_inputs, target, labels_needed, self._unwrap)
         self._calls = StudentCalls(
             student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits, calls
@@ -286,6 +288,7 @@ class Distillation(Callback):
             task_loss = result.get("loss") if isinstance(result, Mapping) else result
             if task_loss is None:
                 return result  # Lightning has its say about a mapping without a loss
+            _check_loss(result)
             total = self._distil(module, unwrapped, seen, task_loss)
             return {**result, "loss": total} if isinstance(result, Mapping) else total
 
@@ -450,6 +453,7 @@ class Distillation(Callback):
         attached = self._student_to_attach(module, rehearsal)
         check_networks(attached, self.teacher)
         check_trainable(self._calls.student_of(rehearsal.module))
+        _check_loss(rehearsal.returned, trained_by=self.task_weight > 0)
         reads = self.objective.reads_logits
         if self.task.gives_logits and reads:
             check_logits("student", seen.logits, 'name the layer before the {} with logits="..."')
@@ -632,6 +636,28 @@ def _check_module(module: LightningModule) -> None:
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(f"{name}.training_step takes dataloader_iter, expected it to take the batch")
+
+
+def _check_loss(returned: Any, trained_by: bool = False) -> None:
+    """Raise ValueError for what ``training_step`` returns as its loss, and is none.
+
+    Args:
+        returned: By the step; None where it skips the batch.
+        trained_by: Whether it is part of the total.
+    """
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if loss is None:
+        return
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            f"training_step returns {describe(loss)}, expected its loss, a tensor of one number: return that, or a "
+            "mapping that has it as 'loss'"
+        )
+    if trained_by and not loss.requires_grad:
+        raise ValueError(
+            "the loss that training_step returns has no graph, expected one to train by: is it detached, or computed "
+            "under torch.no_grad()? task_weight=0 leaves it out"
+        )
 
 
 def _check_averaging(trainer: Trainer, callback: Distillation) -> None:

@@ -37,6 +37,8 @@ class HyperparameterSchedule(Callback):
 
     def __init__(self, path: str, schedule: Schedule) -> None:
         _check_callable(schedule)
+        if not isinstance(path, str):
+            raise TypeError(f"expected path to be a word such as 'losses.kd.weight', got {path!r}: name what it sets")
         self.path = path
         self.schedule = schedule
         self._owner, _, self._name = path.rpartition(".")

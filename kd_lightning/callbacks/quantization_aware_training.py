@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.callbacks.scaled_learning_rate import scaled_learning_rate
+from kd_lightning.losses.base import is_finite_number
 from kd_lightning.namespaces import Callback
 from kd_lightning.objective import DistillationObjective, find_objective
-from kd_lightning.outputs import find_layer
+from kd_lightning.outputs import check_name, find_layer
 from kd_lightning.progress import check_length_is_known, progress
 from kd_lightning.quantization import (
     QuantizationSpec,
@@ -81,6 +82,11 @@ class QuantizationAwareTraining(Callback):
         student: str = "",
         learning_rate_factor: float = 1.0,
     ) -> None:
+        if not isinstance(spec, QuantizationSpec | None):
+            raise TypeError(
+                f"expected a QuantizationSpec as spec=, got {spec!r}: pass for instance QuantizationSpec(weight_bits=8)"
+            )
+        check_name("student", student)
         self.spec = spec if spec is not None else QuantizationSpec()
         self.start, self.freeze_observers, self.freeze_batch_norm = start, freeze_observers, freeze_batch_norm
         self.student, self.learning_rate_factor = student, learning_rate_factor
@@ -88,8 +94,8 @@ class QuantizationAwareTraining(Callback):
             _check_time(name, getattr(self, name))
         if start == 1.0 and isinstance(start, float):
             raise ValueError("expected start before the end, got 1.0: 0.0 rounds from the first step; epoch 1 is 1")
-        if learning_rate_factor <= 0:
-            raise ValueError(f"expected learning_rate_factor > 0, got {learning_rate_factor}: 1.0 leaves it as it is")
+        if not is_finite_number(learning_rate_factor) or learning_rate_factor <= 0:
+            raise ValueError(f"expected learning_rate_factor > 0, got {learning_rate_factor!r}: 1.0 leaves it as it is")
         self._network: nn.Module | None = None
         self._quantizers: list[Quantizer] = []
         self._norms: list[nn.Module] = []

@@ -10,6 +10,7 @@ from kd_lightning.preflight.networks import (
     check_networks,
     check_optimizer,
     check_parts,
+    check_task,
     check_trainable,
 )
 from kd_lightning.preflight.next_tokens import check_next_tokens
@@ -31,6 +32,7 @@ __all__ = [
     "check_parts",
     "check_runs_without_logits",
     "check_source",
+    "check_task",
     "check_teacher_score",
     "check_top_k",
     "check_trainable",

@@ -1,6 +1,7 @@
 """Run both networks on a few samples of the training, and compute the losses once."""
 
 from collections.abc import Iterable, Sequence
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from kd_lightning.dry_forward import dry_forward
 from kd_lightning.objective import DistillationObjective
-from kd_lightning.outputs import AnyOutputs, Outputs
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.preflight.batches import check_precision, check_source, first_batch, take
 from kd_lightning.preflight.heads import check_heads, check_runs_without_logits
 from kd_lightning.preflight.labels import check_class_names
 from kd_lightning.preflight.networks import check_networks, check_trainable
 from kd_lightning.preflight.next_tokens import check_next_tokens
 from kd_lightning.preflight.outputs import check_logits, check_outputs, check_top_k, classes_of
+from kd_lightning.selection import describe
 from kd_lightning.tasks import Task
 from kd_lightning.teachers import TeacherSource
 
@@ -104,11 +106,28 @@ def compute_once(
     objective.eval()
     with torch.no_grad():
         device = student.logits.device
-        total, _ = objective(
-            student,
-            None if teacher is None else move_data_to_device(teacher, device),
-            None if target is None else target.to(device),
-        )
+        try:
+            total, _ = objective(
+                student,
+                None if teacher is None else move_data_to_device(teacher, device),
+                None if target is None else target.to(device),
+            )
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+            frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+            failed = {
+                f"{name!r} ({type(loss).__name__})": loss
+                for name, loss in objective.named_losses().items()
+                if any(frame.f_locals.get("self") is loss for frame in frames)
+            }
+            got = [f"of the student {tuple(student.logits.shape)}"]
+            if teacher is not None:
+                of_teacher = teacher.indices if isinstance(teacher, TopK) else teacher.logits
+                got.append(f"of the teacher {tuple(of_teacher.shape)}")
+            raise ValueError(
+                f"loss {', '.join(failed)} fails on outputs {' and '.join(got)}, {describe(target)} as target: "
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; expected one that takes them: look at "
+                "its layers, its arguments and the target's shape"
+            ) from error
     for module, mode in modes.items():
         module.training = mode
     if not torch.isfinite(total):

@@ -1,6 +1,7 @@
 """The networks, what of them is trained, and whether the losses have the teacher that they need."""
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -8,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.objective import DistillationObjective
+from kd_lightning.tasks import Task
 from kd_lightning.teachers import TeacherSource
 from kd_lightning.teachers.base import peers_of
 
@@ -15,7 +17,9 @@ from kd_lightning.teachers.base import peers_of
 def check_parts(teacher: TeacherSource | None, objective: DistillationObjective) -> None:
     """Raise ValueError when a loss needs a teacher, or its network, and none is there."""
     if teacher is not None and not isinstance(teacher, TeacherSource):
-        raise ValueError(f"expected a network or a source such as Teacher(network) as teacher, got {_a(teacher)}")
+        raise ValueError(
+            f"expected a network or a source such as Teacher(network) as teacher, got {_a(teacher)}: {_made(teacher)}"
+        )
     if teacher is None and objective.needs_teacher:
         names = [name for name, loss in objective.named_losses().items() if loss.needs_teacher]
         raise ValueError(f"losses {names} need a teacher, got teacher=None: pass a Teacher, or leave these losses out")
@@ -31,10 +35,15 @@ def check_networks(student: nn.Module, teacher: TeacherSource | nn.Module | None
     """Raise ValueError for a student that is no network, or is the teacher."""
     if not isinstance(student, nn.Module):
         raise ValueError(f"expected a network (nn.Module) as student, got {_a(student)}: a teacher goes to teacher=")
-    if teacher is not None and student in (teacher, getattr(teacher, "network", None), *peers_of(teacher).values()):
+    networks = (teacher, getattr(teacher, "network", None), *peers_of(teacher).values())
+    part_of = [network for network in networks if isinstance(network, nn.Module) and student in set(network.modules())]
+    if part_of:
+        same = (
+            "student and teacher are the same network" if student in part_of else "the student is a part of the teacher"
+        )
         raise ValueError(
-            "student and teacher are the same network, expected two: pass copy.deepcopy(student) as teacher, or "
-            "Momentum() for the student's own average"
+            f"{same}, expected two networks: pass copy.deepcopy(student) as teacher, or Momentum() for the student's "
+            "own average"
         )
 
 
@@ -90,6 +99,24 @@ def check_checkpoint(state: Mapping[str, Tensor], student: nn.Module) -> None:
     problem = mismatch(student, state)
     if problem:
         raise ValueError(f"the checkpoint does not fit the student {type(student).__name__}: {problem}")
+
+
+def check_task(task: object) -> None:
+    """Raise TypeError for what is no task."""
+    if not isinstance(task, Task):
+        name = task.__name__ if isinstance(task, type) else "Classification"
+        raise TypeError(f"expected a task as task=, got {_a(task)}: pass for instance task={name}()")
+
+
+def _made(teacher: object) -> str:
+    """Say how what was passed becomes a teacher."""
+    if isinstance(teacher, type):
+        return f"make one, {teacher.__name__}(...)"
+    if isinstance(teacher, str | PathLike | Mapping):
+        return "make the network, and load the weights into it, such as Teacher(network, checkpoint=path)"
+    if isinstance(teacher, list | tuple):
+        return "several teach as Ensemble([...])"
+    return "wrap it in a module whose forward calls it"
 
 
 def _a(value: object) -> str:

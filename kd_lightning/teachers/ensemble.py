@@ -37,7 +37,7 @@ class Ensemble(TeacherSource):
 
     def __init__(self, teachers: Sequence[TeacherSource | nn.Module], weights: Sequence[float] | None = None) -> None:
         if not teachers:
-            raise ValueError("expected at least one teacher, got none")
+            raise ValueError("expected at least one teacher, got none: pass for instance Ensemble([one, other])")
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
             raise ValueError(

@@ -5,6 +5,7 @@ from os import PathLike
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.dry_forward import dry_forward
@@ -41,6 +42,12 @@ class Teacher(TeacherSource):
         checkpoint: str | PathLike[str] | None = None,
         accelerate: str | Iterable[str] = (),
     ) -> None:
+        unready = next((name for name, p in network.named_parameters() if p.is_meta or is_lazy(p)), None)
+        if unready is not None and checkpoint is None:
+            raise ValueError(
+                f"the teacher's parameter {unready!r} has no values, on the meta device or of a lazy module, expected "
+                "a network that is ready: load its weights, and call a lazy one once"
+            )
         self.network = network
         options = (accelerate,) if isinstance(accelerate, str) else tuple(accelerate)
         self._way = None if options == ("auto",) else parse(options)
