@@ -22,6 +22,7 @@ from kd_lightning.quantization import (
     is_prepared,
     prepare,
     quantized_layers,
+    quantized_share,
     set_fake_quantization,
     set_observers,
     spec_of,
@@ -138,11 +139,9 @@ class QuantizationAwareTraining(Callback):
         self._undo.callback(loading.remove)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["spec"] != asdict(self.spec):
-            raise ValueError(
-                f"the checkpoint was trained with {QuantizationSpec(**state_dict['spec'])}, expected {self.spec}: pass "
-                "that spec"
-            )
+        trained_with = QuantizationSpec(**state_dict["spec"])
+        if trained_with != self.spec:
+            raise ValueError(f"the checkpoint was trained with {trained_with}, expected {self.spec}: pass that spec")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         times = (self.start, self.freeze_observers, self.freeze_batch_norm)
@@ -309,11 +308,26 @@ def _without_losses(network: nn.Module) -> Iterator[None]:
 
 
 def _summary(network: nn.Module) -> str:
-    report = quantized_layers(network)
-    notes = [f"{layer.name} ({layer.note})" for layer in report if layer.note]
+    report, share = quantized_layers(network), quantized_share(network)
+    named: dict[str, list[str]] = {}
+    for layer in report:
+        if layer.note:
+            named.setdefault(layer.note, []).append(layer.name)
+    notes = [f"; {_some(names)} ({note})" for note, names in named.items()]
     count = sum(layer.weight_bits < 32 for layer in report)
-    inside = f"; {'; '.join(notes)}" if notes else ""
-    return f"quantisation-aware training: {count} of {len(report)} convolutions and linear layers are quantised{inside}"
+    kinds = "convolutions and linear layers"
+    if spec_of(network).embeddings:
+        kinds = "convolutions, linear layers and embeddings"
+    in_float = ", ".join(f"{kind} {parameters:,}" for kind, parameters in share.in_float.items())
+    return (
+        f"quantisation-aware training: {count} of {len(report)} {kinds} are quantised{''.join(notes)}; these are "
+        f"{share.quantized:,} of {share.total:,} parameters ({share.quantized / share.total:.1%}); in float stay: "
+        f"{in_float or 'none'}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _refuse_float(

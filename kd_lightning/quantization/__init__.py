@@ -4,11 +4,13 @@ from kd_lightning.quantization.exportable import exportable
 from kd_lightning.quantization.onnx_graph import tidy
 from kd_lightning.quantization.prepare import (
     LayerReport,
+    Share,
     calibrate,
     check_ranges,
     is_prepared,
     prepare,
     quantized_layers,
+    quantized_share,
     set_fake_quantization,
     set_observers,
     spec_of,
@@ -19,6 +21,7 @@ from kd_lightning.quantization.state import float_weights
 __all__ = [
     "LayerReport",
     "QuantizationSpec",
+    "Share",
     "calibrate",
     "check_ranges",
     "exportable",
@@ -26,6 +29,7 @@ __all__ = [
     "is_prepared",
     "prepare",
     "quantized_layers",
+    "quantized_share",
     "set_fake_quantization",
     "set_observers",
     "spec_of",

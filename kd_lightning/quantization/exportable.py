@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
 
-from kd_lightning.quantization.layers import QuantizedLayer, is_transposed
+from kd_lightning.quantization.layers import QuantizedConv1D, QuantizedLayer, is_transposed, output_dim
 from kd_lightning.quantization.prepare import check_ranges, placement_of, quantizers, spec_of
 from kd_lightning.quantization.quantizers import ActivationQuantizer
 
@@ -49,19 +49,29 @@ class _Dequantize(nn.Module):
         return _dequantized(self.codes, self.scale, self.zero_point, axis=self.axis)
 
 
-class _Product(nn.Linear):
+class _Product(nn.Module):
     """A linear layer that gives floats: runtimes have that for MatMul in integers, and not for Gemm."""
 
     input_quantizer: nn.Module | None
     weight_quantizer: _Dequantize
+    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         stored = self.weight_quantizer
-        weight = _dequantized(stored.codes.T.contiguous(), stored.scale, stored.zero_point, axis=1)
+        weight = _dequantized(self._codes().contiguous(), stored.scale, stored.zero_point, axis=1)
         product = torch.matmul(x, weight)
         # Subtracted, since ONNX Runtime makes one Gemm of a product and an addition, and computes that in float.
         return product if self.bias is None else product - (-self.bias)
+
+    def _codes(self) -> Tensor:
+        """Return (in, out)."""
+        return self.weight_quantizer.codes
+
+
+class _ProductOfLinear(_Product, nn.Linear):  # type: ignore[misc]
+    def _codes(self) -> Tensor:
+        return self.weight_quantizer.codes.T
 
 
 @torch.no_grad()
@@ -96,7 +106,7 @@ def exportable(network: nn.Module) -> nn.Module:
         if isinstance(module, QuantizedLayer):
             _store(module, modules.get(placement.folds.get(name, "")))
             if name in placement.products and bits is not None:
-                module.__class__ = _Product  # type: ignore[assignment]
+                module.__class__ = _Product if isinstance(module, QuantizedConv1D) else _ProductOfLinear  # type: ignore[assignment]
     for module in modules.values():
         for part in ("input_quantizer", "output_quantizer"):
             quantizer = getattr(module, part, None)
@@ -109,7 +119,7 @@ def _store(layer: Any, norm: nn.Module | None) -> None:
     """Replace the weight quantiser by the codes, with the batch norm that follows in scales and bias."""
     quantizer, weight = layer.weight_quantizer, layer.weight
     axis = quantizer.axis
-    channels_dim = 1 if is_transposed(layer) else 0
+    channels_dim = output_dim(layer)
     codes, scale = quantizer.codes(weight), quantizer.scales(weight)
     if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None and not _grouped(layer):
         gamma = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)

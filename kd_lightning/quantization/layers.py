@@ -1,4 +1,4 @@
-"""Convolutions and linear layers that fake-quantise input and weight.
+"""Convolutions and linear layers that fake-quantise input and weight, and embeddings that do so with the weight.
 
 A layer becomes one of these by its class alone: names, parameters, hooks, copies and pickles stay.
 """
@@ -6,6 +6,7 @@ A layer becomes one of these by its class alone: names, parameters, hooks, copie
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,6 +55,22 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(self._input(x), self._weight(), self.bias)
 
 
+class QuantizedConv1D(QuantizedLayer):
+    """Shape: as ``transformers.pytorch_utils.Conv1D``, a linear layer with the weight (in, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        me, x = _as_any(self), self._input(x)
+        rows = torch.addmm(me.bias, x.reshape(-1, x.shape[-1]), self._weight())
+        return rows.reshape(*x.shape[:-1], me.nf)
+
+
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """Shape: as ``nn.Embedding``; one scale a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self._weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
 class _ConvTranspose(QuantizedLayer):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         x, me = self._input(x), _as_any(self)
@@ -86,14 +103,34 @@ QUANTIZED: Mapping[type[nn.Module], type[QuantizedLayer]] = {
 }
 
 
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")  # by name, so that transformers is not imported for it
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the kind of convolution or linear layer that a layer is, also where it has a forward of its own."""
+    kinds = (kind for kind in type(layer).__mro__ if kind in QUANTIZED or (kind.__module__, kind.__name__) == _CONV1D)
+    return next(kinds, None)
+
+
+def quantized_kind(layer: nn.Module) -> type[QuantizedLayer] | None:
+    """Return what a layer becomes; None for one that cannot be, such as one with a forward of its own."""
+    if type(layer) is nn.Embedding:
+        return QuantizedEmbedding if layer.max_norm is None and not layer.sparse else None
+    if kind_of(layer) is not type(layer):
+        return None
+    return QUANTIZED.get(type(layer), QuantizedConv1D)
+
+
 def swap(layer: nn.Module, spec: QuantizationSpec, quantize_input: bool) -> None:
     """Make a layer quantised, in place."""
-    axis: int | None = 0
+    kind = quantized_kind(layer)
+    assert kind is not None
+    axis: int | None = 1 if kind is QuantizedConv1D else 0
     if isinstance(layer, _TRANSPOSED):
         # (in, out / groups, …): with groups, a channel of the second dimension belongs to several outputs.
         axis = 1 if layer.groups == 1 else None
     weight: Tensor = _as_any(layer).weight
-    layer.__class__ = QUANTIZED[type(layer)]
+    layer.__class__ = kind
     weights = WeightQuantizer(spec, axis if spec.per_channel else None, weight)
     layer.weight_quantizer = weights.to(weight.device).train(layer.training)
     inputs = ActivationQuantizer(spec).to(weight.device).train(layer.training) if quantize_input else None
@@ -105,6 +142,16 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def is_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, _TRANSPOSED)
+
+
+def output_dim(layer: nn.Module) -> int:
+    """Return the dimension of a weight that is that of the output channels."""
+    return 1 if isinstance(layer, (*_TRANSPOSED, QuantizedConv1D)) else 0
+
+
+def gives_products(layer: nn.Module) -> bool:
+    """Tell whether a layer is a matrix product, whose output may stay in float."""
+    return isinstance(layer, nn.Linear | QuantizedConv1D) or quantized_kind(layer) is QuantizedConv1D
 
 
 def _as_any(value: Any) -> Any:

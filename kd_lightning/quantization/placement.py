@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from kd_lightning.quantization.layers import QUANTIZED, QuantizedLayer
+from kd_lightning.quantization.layers import QuantizedLayer, gives_products, kind_of
 from kd_lightning.quantization.quantizers import Quantizer
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -29,6 +29,8 @@ _PASSING_CALLS: tuple[Any, ...] = (
 )
 _PASSING_METHODS = ("flatten", "reshape", "view", "squeeze", "unsqueeze", "permute", "transpose", "contiguous")
 _RECTIFYING: Mapping[Any, float | None] = {F.relu: None, torch.relu: None, "relu": None, "relu_": None, F.relu6: 6.0}
+
+_AT_MOST = 200  # characters of somebody else's message
 
 
 @dataclass
@@ -52,10 +54,10 @@ class Placement:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = (QuantizedLayer, Quantizer, nn.MultiheadAttention, *QUANTIZED)
-        if any(isinstance(child, tuple(QUANTIZED)) for child in m.modules()) and not isinstance(m, known):
+        known = isinstance(m, QuantizedLayer | Quantizer | nn.MultiheadAttention) or kind_of(m) is not None
+        if any(kind_of(child) for child in m.modules()) and not known:
             return False  # torch's own blocks, such as TransformerEncoderLayer, are looked into
-        return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def place(network: nn.Module, layers: set[str]) -> Placement:
@@ -64,8 +66,9 @@ def place(network: nn.Module, layers: set[str]) -> Placement:
         with _without_hooks(network):
             graph = _Tracer().trace(network)
     except Exception as error:  # whatever a forward does with what is no tensor
-        reason = f"the network cannot be traced ({type(error).__name__}), so its output stays in float"
-        linear = {name for name, m in network.named_modules() if name in layers and isinstance(m, nn.Linear)}
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:_AT_MOST]}"
+        reason = f"the network cannot be traced ({why}), so its output stays in float"
+        linear = {name for name, m in network.named_modules() if name in layers and gives_products(m)}
         return Placement(inputs=set(layers), products=linear, notes=dict.fromkeys(layers - linear, reason))
     return _Placing(network, graph, layers).place()
 
@@ -110,7 +113,7 @@ class _Placing:
         """Quantise the end of layer, batch norm and activation."""
         name, end = self._name(node), node
         if not self._once(node):
-            if isinstance(self.modules[name], nn.Linear):
+            if gives_products(self.modules[name]):
                 self.placement.products.add(name)
             else:
                 self.placement.notes[name] = f"called {self.calls[name]} times, so its output stays in float"
@@ -121,7 +124,7 @@ class _Placing:
             end, after = after, self._only_user(after)
         if after is not None and after in self.done:
             return
-        if isinstance(self.modules[name], nn.Linear) and (after is None or self._rectifies(after) is None):
+        if gives_products(self.modules[name]) and (after is None or self._rectifies(after) is None):
             self.placement.products.add(name)  # which may give floats
             return
         if after is not None and (cut := self._rectifies(after)) is not None:
@@ -147,7 +150,7 @@ class _Placing:
             if self._passes(user):
                 if self._matters(user):
                     return True
-            elif user.op != "output" and not (self._is(user, tuple(QUANTIZED)) and not self._is_layer(user)):
+            elif user.op != "output" and not (self._is_kind(user) and not self._is_layer(user)):
                 return True
         return False
 
@@ -172,6 +175,9 @@ class _Placing:
 
     def _is(self, node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
         return node.op == "call_module" and isinstance(self.modules[str(node.target)], kinds)
+
+    def _is_kind(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and kind_of(self.modules[str(node.target)]) is not None
 
     def _is_layer(self, node: fx.Node) -> bool:
         return node.op == "call_module" and self._name(node) in self.layers

@@ -9,19 +9,28 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from kd_lightning.outputs import run
-from kd_lightning.quantization.layers import QUANTIZED, QuantizedLayer, swap
+from kd_lightning.quantization.layers import (
+    QUANTIZED,
+    QuantizedConv1D,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    kind_of,
+    quantized_kind,
+    swap,
+)
 from kd_lightning.quantization.placement import Placement, place
 from kd_lightning.quantization.quantizers import ActivationQuantizer, Quantizer
 from kd_lightning.quantization.spec import QuantizationSpec
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import check_numbers
 
-_KINDS = {quantized: kind.__name__ for kind, quantized in QUANTIZED.items()}
+_KINDS: dict[type[nn.Module], str] = {quantized: kind.__name__ for kind, quantized in QUANTIZED.items()}
+_KINDS |= {QuantizedConv1D: "Conv1D", QuantizedEmbedding: "Embedding"}
 _SPEC, _PLACEMENT = "quantization_spec", "quantization_placement"
 
 
 class LayerReport(NamedTuple):
-    """How one convolution or linear layer is stored and computed.
+    """How one convolution, linear layer or quantised embedding is stored and computed.
 
     Attributes:
         name: In the network.
@@ -36,6 +45,20 @@ class LayerReport(NamedTuple):
     weight_bits: int
     activation_bits: int
     note: str
+
+
+class Share(NamedTuple):
+    """How many parameters are quantised.
+
+    Attributes:
+        quantized: Those that are stored in few bits.
+        total: All of the network's.
+        in_float: The others by what they belong to, such as ``LayerNorm``; ``bias`` of quantised layers. Most first.
+    """
+
+    quantized: int
+    total: int
+    in_float: dict[str, int]
 
 
 def prepare(network: nn.Module, spec: QuantizationSpec | None = None) -> nn.Module:
@@ -55,8 +78,8 @@ def prepare(network: nn.Module, spec: QuantizationSpec | None = None) -> nn.Modu
     if is_prepared(network):
         raise ValueError("expected a float network, got one that is prepared already: prepare it once")
     layers = _layers(network, spec)
-    placement = place(network, layers)
     modules = dict(network.named_modules())
+    placement = place(network, {name for name in layers if not isinstance(modules[name], nn.Embedding)})
     if spec.activation_bits is None:
         placement.inputs, placement.outputs = set(), {}
     for name in layers:
@@ -177,16 +200,37 @@ def quantized_layers(network: nn.Module) -> list[LayerReport]:
     for name, module in network.named_modules():
         if isinstance(module, QuantizedLayer):
             spec = spec_of(network)
-            bits = spec.activation_bits
+            bits = None if isinstance(module, QuantizedEmbedding) else spec.activation_bits
             note = notes.get(name, "" if bits is not None else "activations stay in float")
             report.append(LayerReport(name, _KINDS[type(module)], spec.weight_bits, bits or 32, note))
-        elif isinstance(module, tuple(QUANTIZED)):
-            why = "left out" if type(module) in QUANTIZED else f"{type(module).__name__} has a forward of its own"
-            report.append(LayerReport(name, type(module).__name__, 32, 32, f"stays in float: {why}"))
+        elif kind_of(module) is not None:
+            kind = type(module).__name__
+            why = "left out" if quantized_kind(module) is not None else f"{kind} has a forward of its own"
+            report.append(LayerReport(name, kind, 32, 32, f"stays in float: {why}"))
         elif isinstance(module, nn.MultiheadAttention):
             why = "stays in float: it computes with weights of its own"
             report.append(LayerReport(name, type(module).__name__, 32, 32, why))
     return report
+
+
+def quantized_share(network: nn.Module) -> Share:
+    """Return how many of a network's parameters are quantised, and what the others are."""
+    layers = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
+    quantized = {id(layer.weight): layer.weight.numel() for layer in layers}
+    in_float: dict[str, int] = {}
+    seen = set(quantized)
+    for module in network.modules():
+        if isinstance(module, Quantizer):
+            continue  # learnt scales are none of the network's
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kind = name if isinstance(module, QuantizedLayer) else type(module).__name__
+            in_float[kind] = in_float.get(kind, 0) + parameter.numel()
+    most_first = dict(sorted(in_float.items(), key=lambda item: -item[1]))
+    count = sum(quantized.values())
+    return Share(count, count + sum(in_float.values()), most_first)
 
 
 def quantizers(network: nn.Module) -> dict[str, Quantizer]:
@@ -205,7 +249,8 @@ def _quantized(network: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def _layers(network: nn.Module, spec: QuantizationSpec) -> set[str]:
-    names = [name for name, module in network.named_modules() if isinstance(module, tuple(QUANTIZED))]
+    embeddings = (nn.Embedding,) if spec.embeddings else ()
+    names = [name for name, m in network.named_modules() if kind_of(m) is not None or isinstance(m, embeddings)]
     everything = {name for name, _ in network.named_modules(remove_duplicate=False)}
     ends = {"first": names[:1], "last": names[-1:]}
     skipped = set()
@@ -219,7 +264,7 @@ def _layers(network: nn.Module, spec: QuantizationSpec) -> set[str]:
         else:
             skipped.update(name for name in names if name == skip or name.startswith(f"{skip}."))
     modules = dict(network.named_modules())
-    layers = {name for name in names if type(modules[name]) in QUANTIZED and name not in skipped}
+    layers = {name for name in names if quantized_kind(modules[name]) is not None and name not in skipped}
     if not layers:
         raise ValueError(
             f"expected a convolution or linear layer to quantise, got none of {len(names)} in {type(network).__name__}"

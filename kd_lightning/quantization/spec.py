@@ -26,6 +26,8 @@ class QuantizationSpec:
         target: Processors that will serve it, whichever trains it. ``any``: beside 8-bit activations, 8-bit weights use
             7 bits (``reduce_range`` in PyTorch and ONNX Runtime), since x86 without VNNI adds pairs of products in 16
             bits, which overflow otherwise. ``vnni``, x86 with VNNI or AMX, and ``arm`` use all 8.
+        embeddings: Whether embeddings are quantised, too: their weights, one scale a row (per channel) or for all. Not
+            those with ``max_norm`` or ``sparse``.
         learned_scales: Weight scales are parameters (LSQ: Esser et al., ICLR 2020).
 
     Raises:
@@ -40,6 +42,7 @@ class QuantizationSpec:
     skip: tuple[str, ...] = ()
     target: Target = "any"
     learned_scales: bool = False
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.skip, str) or not isinstance(self.skip, Iterable):
