@@ -66,7 +66,8 @@ def place(network: nn.Module, layers: set[str]) -> Placement:
         with _without_hooks(network):
             graph = _Tracer().trace(network)
     except Exception as error:  # whatever a forward does with what is no tensor
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:_AT_MOST]}"
+        first_sentence = " ".join(str(error).split()).partition(". ")[0]
+        why = f"{type(error).__name__}: {first_sentence[:_AT_MOST]}"
         reason = f"the network cannot be traced ({why}), so its output stays in float"
         linear = {name for name, m in network.named_modules() if name in layers and gives_products(m)}
         return Placement(inputs=set(layers), products=linear, notes=dict.fromkeys(layers - linear, reason))
