@@ -7,7 +7,6 @@ imported it.
 """
 
 import sys
-from typing import Any
 
 from lightning import pytorch
 
@@ -31,9 +30,8 @@ class Callback(pytorch.Callback):
     the class.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self) -> None:
         _extend_bases()
-        return super().__new__(cls)
 
 
 def _extend_bases() -> None:

@@ -3,6 +3,7 @@
 The projects are one source, made for each of the two: they differ in the imported name alone.
 """
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -211,6 +212,14 @@ def test_the_logger_takes_what_either_trainer_says(pl: ModuleType, tmp_path: Pat
     run = logger.experiment.get_run(logger.run_id)
     assert {"train/loss/kd", "val/agreement"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
+
+
+def test_a_command_line_reads_the_arguments_and_takes_either(pl: ModuleType) -> None:
+    assert list(inspect.signature(QuantizationAwareTraining).parameters)[:2] == ["spec", "start"]
+    assert list(inspect.signature(Distillation).parameters)[:3] == ["teacher", "losses", "student"]
+    for kind in (Distillation, TemperatureSchedule, HyperparameterSchedule, QuantizationAwareTraining):
+        assert issubclass(kind, pl.Callback)
+    assert issubclass(MLFlowLogger, pl.loggers.Logger)
 
 
 ORDER = """

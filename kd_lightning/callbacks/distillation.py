@@ -132,6 +132,7 @@ class Distillation(Callback):
         calls: Calls = "once",
         add_parameters: bool = False,
     ) -> None:
+        super().__init__()
         if not is_finite_number(task_weight) or task_weight < 0:
             raise ValueError(f"expected task_weight >= 0, got {task_weight!r}: 0 leaves the module's own loss out")
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher

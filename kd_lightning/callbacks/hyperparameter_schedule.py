@@ -36,6 +36,7 @@ class HyperparameterSchedule(Callback):
     """
 
     def __init__(self, path: str, schedule: Schedule) -> None:
+        super().__init__()
         _check_callable(schedule)
         if not isinstance(path, str):
             raise TypeError(f"expected path to be a word such as 'losses.kd.weight', got {path!r}: name what it sets")
@@ -102,6 +103,7 @@ class TemperatureSchedule(Callback):
     """
 
     def __init__(self, schedule: Schedule, loss: str | None = None) -> None:
+        super().__init__()
         _check_callable(schedule)
         self.schedule = schedule
         self.loss = loss

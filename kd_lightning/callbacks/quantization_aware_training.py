@@ -83,6 +83,7 @@ class QuantizationAwareTraining(Callback):
         student: str = "",
         learning_rate_factor: float = 1.0,
     ) -> None:
+        super().__init__()
         if not isinstance(spec, QuantizationSpec | None):
             raise TypeError(
                 f"expected a QuantizationSpec as spec=, got {spec!r}: pass for instance QuantizationSpec(weight_bits=8)"
