@@ -1,6 +1,7 @@
 """Take a part out of what somebody else made: a network's output, or a batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def describe(whole: Any) -> str:
     elif isinstance(whole, tuple | list) and not hasattr(whole, "_fields"):
         parts = list(enumerate(whole))
     else:
-        names = getattr(whole, "_fields", None) or [n for n in getattr(whole, "__dict__", ()) if not n.startswith("_")]
+        names = getattr(whole, "_fields", None) or _attributes(whole)
         parts = [(name, getattr(whole, name)) for name in names]
     named = [f"{key!r} {_shape(value)}" for key, value in parts[:8]]
     article = "an" if type(whole).__name__[:1] in "AEIOaeio" else "a"
@@ -83,6 +84,12 @@ def check_selector(argument: str, selector: object) -> None:
         f"expected {argument}= to be a key, an attribute's name, an index or a function, got a "
         f"{type(selector).__name__}"
     )
+
+
+def _attributes(whole: Any) -> list[str]:
+    if is_dataclass(whole):  # which may have slots, and no __dict__
+        return [field.name for field in fields(whole)]
+    return [name for name in getattr(whole, "__dict__", ()) if not name.startswith("_")]
 
 
 def _shape(value: Any) -> str:

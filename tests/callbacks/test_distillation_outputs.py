@@ -27,6 +27,12 @@ class Record:
     hidden: Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    prediction: Tensor
+    hidden: Tensor
+
+
 class ModelOutput(OrderedDict):
     """What transformers' of that name is: a mapping, with attributes, in the order of a tuple."""
 
@@ -120,6 +126,7 @@ SHAPES: dict[str, tuple[Any, Any, Any]] = {  # what the network returns, logits=
     "index from the end": (swapped, -1, lambda out: out[1]),
     "list": (lambda z, hidden: [hidden, z], 1, lambda out: out[1]),
     "dataclass": (Record, "prediction", lambda out: out.prediction),
+    "dataclass with slots": (Slotted, "prediction", lambda out: out.prediction),
     "object": (Plain, "prediction", lambda out: out.prediction),
     "ModelOutput": (as_model_output, "prediction", lambda out: out["prediction"]),
     "ModelOutput's index": (as_model_output, 0, lambda out: out["prediction"]),
@@ -158,6 +165,8 @@ def test_what_is_refused_says_what_the_output_holds() -> None:
         fit(lambda z, h: z, lambda out: out, teacher_of(swapped))
     with pytest.raises(ValueError, match=r"(?s)no layer 'predicton'.*nearest: .*a Pair with 'prediction' \(2, 4\)"):
         fit(Pair, lambda out: out.prediction, logits="predicton")
+    with pytest.raises(ValueError, match=r"got a Slotted with 'prediction' \(2, 4\), 'hidden' \(2, 8\): name the part"):
+        fit(Slotted, lambda out: out.prediction)
     with pytest.raises(ValueError, match=r"logits=2 is no part of a tuple with 0 \(2, 8\), 1 \(2, 4\): name one"):
         fit(swapped, lambda out: out[1], logits=2)
     with pytest.raises(ValueError, match=r"logits=0 is no part of a tensor \(2, 4\): leave logits= out"):
