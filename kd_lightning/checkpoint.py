@@ -15,8 +15,8 @@ from kd_lightning.quantization.state import float_weights, preparation_mismatch
 def load_student(path: str | PathLike[str], name: str | None = None, quantizers: bool = False) -> dict[str, Tensor]:
     """Return the weights in a checkpoint of :class:`~kd_lightning.DistillationModule`: the bare student's state dict.
 
-    Reads plain state dicts too. Of a quantisation-aware training it gives the weights in float, as they are before they
-    are rounded.
+    Reads plain state dicts too, and checkpoints of other modules, whose hyperparameters may be objects of any class. Of
+    a quantisation-aware training it gives the weights in float, as they are before they are rounded.
 
     Args:
         path: Of the file.
@@ -24,8 +24,8 @@ def load_student(path: str | PathLike[str], name: str | None = None, quantizers:
         quantizers: Leave the quantisers' ranges among the weights, for a network that is prepared likewise.
 
     Raises:
-        ValueError: For a file that is no checkpoint, is damaged, or holds more than tensors and plain values; for a
-            name that is not in it.
+        ValueError: For a file that is no checkpoint, is damaged, or whose weights are no tensors; for a name that it
+            has not.
 
     Example::
 
@@ -36,12 +36,32 @@ def load_student(path: str | PathLike[str], name: str | None = None, quantizers:
     return state if quantizers else float_weights(state)
 
 
+class Unread:
+    """What stands in a checkpoint's content for an object that is more than tensors and plain values.
+
+    Its class is a subclass that has the other class's name, for errors.
+    """
+
+    def __new__(cls, *args: object, **kwargs: object) -> "Unread":
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
 def load_checkpoint(path: str | PathLike[str]) -> Any:
     """Read what ``torch.save`` has written, on the CPU; its checksums are compared first, which PyTorch does not do.
 
+    Tensors and plain values are read. In the place of any other object, such as hyperparameters that a project of
+    others saves, stands one of :class:`Unread`: its class is not imported, and none of its code runs.
+
     Raises:
-        ValueError: For a file that is no checkpoint, is damaged, or holds more than tensors and plain values.
+        ValueError: For a file that is no checkpoint, is damaged, or names what PyTorch blocks or cannot pass over.
     """
+    foreign: list[str] = []
     with open(path, "rb"):  # what is missing or may not be read is no damage
         pass
     try:
@@ -50,7 +70,9 @@ def load_checkpoint(path: str | PathLike[str]) -> Any:
                 damaged = parts.testzip()
             if damaged is not None:
                 raise ValueError(f"{damaged!r} in it has other bytes than were written, by its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(type(name, (Unread,), {}), name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise nearly anything, OSError as well
         raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
 
@@ -72,6 +94,13 @@ def _reason(error: Exception) -> str:
 
 def _state_of(content: Any, path: str | PathLike[str]) -> dict[str, Tensor]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    parts = state.values() if isinstance(state, Mapping) else [content]
+    foreign = next((type(part).__name__ for part in parts if isinstance(part, Unread)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{path} holds {foreign} in the place of weights, and reading that could run any code: expected tensors; "
+            "let whoever wrote it save the weights, torch.save(network.state_dict(), path)"
+        )
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or 'state_dict' with them")
     return dict(state)

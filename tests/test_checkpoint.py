@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler, TensorDataset
 
 from kd_lightning import DistillationModule, Teacher, load_student
 from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
-from kd_lightning.checkpoint import load_weights
+from kd_lightning.checkpoint import Unread, load_checkpoint, load_weights
 from kd_lightning.losses import KD, HardLabel, Hint
 from kd_lightning.schedules import linear, warmup
 from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, sgd, trainer, weights
@@ -215,6 +215,42 @@ def test_a_file_that_brings_code_is_refused_and_its_code_not_run(tmp_path) -> No
     assert not victim.exists()
     torch.load(tmp_path / "evil.ckpt", weights_only=False)  # it would have worked
     assert victim.exists()
+
+
+def make(path: str) -> None:
+    Path(path).mkdir()
+
+
+class Scaler:
+    """A hyperparameter as other people's modules have: an object with arrays and a class; unpickled, this one acts."""
+
+    def __init__(self, path: Path) -> None:
+        self.mean, self.kind, self.acting = np.ones(3), Path, Acting(path)
+
+
+class Acting(Touch):
+    def __reduce__(self):
+        return make, (str(self.path),)
+
+
+def test_hyperparameters_of_other_classes_are_passed_over_and_their_code_not_run(tmp_path) -> None:
+    path, victim, expected = tmp_path / "theirs.ckpt", tmp_path / "victim", network(seed=3).state_dict()
+    torch.save({"state_dict": expected, "hyper_parameters": {"scaler": Scaler(victim), "width": 8}}, path)
+    assert_equal(load_student(path), expected)
+    assert_equal(weights(Teacher(network(), path).network), expected)
+    found = load_checkpoint(path)["hyper_parameters"]
+    assert isinstance(found["scaler"], Unread)
+    assert found["width"] == 8
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):
+        torch.load(path, weights_only=True)  # what PyTorch allows is as it was
+    assert not victim.exists()
+    torch.load(path, weights_only=False)  # it would have worked
+    assert victim.exists()
+
+    for content, named in (({"state_dict": {**expected, "scaler": Scaler(victim)}}, "Scaler"), (network(), "Network")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"theirs\.ckpt holds \S+\.{named} in the place of weights, and reading"):
+            load_student(path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": 3}, {"epoch": 3}, torch.ones(2)])
