@@ -50,10 +50,12 @@ def test_bytes_of_characters_beyond_ascii_are_one_character() -> None:
     assert Characters.of(["hé"]).lengths("byte").tolist() == [1, 2]
 
 
-def test_a_token_is_found_by_its_text_where_there_is_one(tokenizer: Tokenizer) -> None:
-    for i in set(tokenizer.encode("To be, or not").tolist()):
-        assert tokenizer.token(tokenizer.decode([i])) == i
-    assert tokenizer.token("or not to be") is None
+def test_a_text_is_spelled_by_the_bytes_of_its_tokens(tokenizer: Tokenizer) -> None:
+    spelled = tokenizer.spellings()
+    assert len(spelled) == tokenizer.size
+    parts = [spelled[i] for i in tokenizer.encode(TEXT).tolist()]
+    assert all(part is not None for part in parts)
+    assert b"".join(part for part in parts if part is not None).decode() == TEXT
 
 
 def test_a_character_that_is_no_symbol_is_named_with_its_place() -> None:

@@ -29,7 +29,7 @@ class Data:
     - ``training_set()``: the map-style data set that its training loader goes through, beneath the wrappers; and
       ``wrappers``: a list of functions, each of which its ``train_dataloader`` puts around that set. Without them the
       loader's data set is wrapped, and its sampler replaced where need be (:func:`~kd_lightning.data.rewrapped`).
-      Where the set says ``augmented = False``, a teacher's outputs for it are stored once for all seeds.
+      Where the set says ``deterministic = True``, a teacher's outputs for it are stored once for all seeds.
     - ``fingerprint()``: a string that changes with what this role sees of training, validation and test, and
       ``batch_size``: a stage is used again where both are the same; else where its configuration and code are.
     - ``class_names``: in errors, in the verdict and in exported files; ``mean`` and ``std`` of the inputs: in these.
@@ -130,7 +130,7 @@ class Data:
     @property
     def augmented(self) -> bool:
         """Whether the training set's samples may be others with another seed; so they are unless it says so."""
-        return bool(getattr(self.training_set(), "augmented", True))
+        return not getattr(self.training_set(), "deterministic", False)
 
     def collate_fn(self) -> Callable[[Any], Any] | None:
         """Return how the training loader makes a batch of samples; None where it does not say."""

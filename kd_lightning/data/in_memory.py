@@ -67,8 +67,8 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
         self.augment = augment
 
     @property
-    def augmented(self) -> bool:
-        return self.augment is not None
+    def deterministic(self) -> bool:
+        return self.augment is None
 
     def __len__(self) -> int:
         return len(self.target)

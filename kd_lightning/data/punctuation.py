@@ -43,7 +43,7 @@ class Passages(Dataset[tuple[Tensor, Tensor]]):
     Shape: letters (N, S, :data:`WORD_LENGTH`) of uint8, target (N, S); a batch comes as int64.
     """
 
-    augmented = False
+    deterministic = True
 
     def __init__(self, letters: NDArray[np.uint8], target: NDArray[np.int64]) -> None:
         self.letters, self.target = torch.from_numpy(letters), torch.from_numpy(target)

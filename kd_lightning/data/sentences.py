@@ -26,7 +26,7 @@ class Sentences(Dataset[tuple[Tensor, Tensor]]):
     Shape: tokens (N, S), plays (N,); a batch comes as int64.
     """
 
-    augmented = False
+    deterministic = True
 
     def __init__(self, tokens: Tensor, plays: Tensor) -> None:
         self.tokens, self.plays = tokens, plays

@@ -19,7 +19,7 @@ class Table(Dataset[tuple[Tensor, Tensor]]):
     Shape: rows (N, D), target (N, ...): whole numbers of any type, which become int64, or float32.
     """
 
-    augmented = False
+    deterministic = True
 
     def __init__(self, rows: NDArray[Any] | Tensor, target: NDArray[Any] | Tensor) -> None:
         self.rows, self.target = torch.as_tensor(rows).float(), as_target(target)

@@ -31,7 +31,7 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
         most: Keep so many windows at most, evenly over the documents; all unless given.
     """
 
-    augmented = False
+    deterministic = True
 
     def __init__(self, documents: Sequence[Any], length: int, stride: int, most: int | None = None) -> None:
         self.length, self.stride = length, stride
