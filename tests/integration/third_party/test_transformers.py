@@ -17,7 +17,6 @@ from kd_lightning.callbacks import QuantizationAwareTraining, TemperatureSchedul
 from kd_lightning.losses import KD, Hint
 from kd_lightning.quantization import quantized_share
 from kd_lightning.schedules import linear
-from kd_lightning.tasks import LanguageModelling
 from tests.tiny import trainer, weights
 
 transformers = pytest.importorskip("transformers")
@@ -82,7 +81,7 @@ def images() -> list[dict[str, Any]]:
 # How a model is made, its data, what the callback is told beside student=, two layers, and the share that is rounded.
 MODELS: dict[str, Any] = {
     "bert": (bert, sentences, {}, "bert.encoder.layer.1.output", 0.7),
-    "gpt2": (gpt2, texts, {"task": LanguageModelling()}, "transformer.h.1.mlp", 0.8),
+    "gpt2": (gpt2, texts, {}, "transformer.h.1.mlp", 0.8),
     "vit": (vit, images, {}, "vit.layers.1.mlp", 0.7),
 }
 
@@ -130,7 +129,7 @@ def test_the_kd_of_a_language_model_is_that_of_the_next_tokens() -> None:
     module.model.eval()
     copied = gpt2(16)
     copied.load_state_dict(module.model.state_dict())
-    callback = Distillation(copied, {"kd": KD()}, "model", check_teacher=False, task=LanguageModelling())
+    callback = Distillation(copied, {"kd": KD()}, "model", check_teacher=False)
     batches = DataLoader(texts(), batch_size=8)
     it = trainer(callbacks=[callback], max_steps=1, log_every_n_steps=1)
     it.fit(module, batches, batches)
