@@ -86,7 +86,7 @@ def _note(verdict: Verdict) -> str:
     if verdict.runtime is not None and any("latency_ms_p50" in model.figures for model in verdict.models.values()):
         said.append(f"p50 in {verdict.runtime}" + (f" on {verdict.processor}" if verdict.processor else ""))
     if any("tokens_per_s" in model.figures for model in verdict.models.values()):
-        said.append(
-            "tokens per s of one text, with a cache, in PyTorch; accepted: by the teacher in speculative decoding"
-        )
+        said.append("tokens per s of one text, with a cache, in PyTorch")
+    if any("acceptance" in model.figures for model in verdict.models.values()):
+        said.append("accepted: by the teacher in speculative decoding")
     return "; ".join(said)
