@@ -32,7 +32,7 @@ def test_help_names_the_groups_and_writes_nothing(tmp_path: Path) -> None:
         ("losses.kd.temprature=3", "the nearest names are losses.kd.temperature"),
         ("losses=[hard_label,kdd]", f"losses: the options here are {LOSSES}"),
         ("modles@student.network=cnn8", "models"),
-        ("models@student.network=cnn9", "models: the options here are cnn64, cnn8, mlp32"),
+        ("models@student.network=cnn9", "models: the options here are cnn64, cnn8, gpt128"),
         ("task=clasification", "task: the options here are classification"),
         ("experiment=fashion_mnist/foo", "fashion_mnist/temperature"),
     ],
