@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
 from kd_lightning.data.completion_files import Completion, Message, read_completions
-from kd_lightning.data.loaders import View
+from kd_lightning.data.loaders import Batched
 from kd_lightning.data.role_data import RoleData
 from kd_lightning.data.texts import Blocks, TextData
 from kd_lightning.tasks.batch import IGNORE_INDEX
@@ -58,7 +57,7 @@ class Passage:
             end = middle
 
 
-class Written(Dataset[Batch]):
+class Written(Batched):
     """Passages of several lengths; a batch is padded to its longest one, with target -100.
 
     A batch is the tokens (B, S), the next token of each (B, S), and as ``indices`` and ``log_probs`` (B, S, k) the
@@ -94,12 +93,7 @@ class Written(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, key: View | int) -> Batch:
-        return _first(self.__getitems__([key]))
-
-    def __getitems__(self, keys: Sequence[View | int]) -> Batch:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = _samples(keys)
+    def batch(self, samples: Sequence[int], epoch: int | None) -> Batch:
         lengths = self.lengths[samples]
         places = torch.arange(int(lengths.max()))
         inside = places < lengths[:, None]
@@ -117,7 +111,7 @@ class Written(Dataset[Batch]):
         return b"".join(part.numpy().tobytes() for part in parts)
 
 
-class WithOwnText(Dataset[Batch]):
+class WithOwnText(Batched):
     """Blocks of a text of one's own, and behind them what the teacher wrote.
 
     Of one's own text the teacher is taken to be sure of the token that is there: distilling it is learning it, since
@@ -130,12 +124,7 @@ class WithOwnText(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.own) + len(self.written)
 
-    def __getitem__(self, key: View | int) -> Batch:
-        return _first(self.__getitems__([key]))
-
-    def __getitems__(self, keys: Sequence[View | int]) -> Batch:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = _samples(keys)
+    def batch(self, samples: Sequence[int], epoch: int | None) -> Batch:
         parts, order = list[Batch](), list[int]()
         for own in (True, False):
             places = [i for i, sample in enumerate(samples) if (sample < len(self.own)) == own]
@@ -346,12 +335,3 @@ class _Matched:
             else:
                 known.setdefault(i, log_prob)
         return known
-
-
-def _samples(keys: Sequence[View | int]) -> list[int]:
-    return [key.sample if isinstance(key, View) else key for key in keys]
-
-
-def _first(batch: Batch) -> Batch:
-    tokens, target, best = batch
-    return tokens[0], target[0], {name: x[0] for name, x in best.items()}

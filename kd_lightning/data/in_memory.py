@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
-from kd_lightning.data.loaders import View, mixed
+from kd_lightning.data.loaders import Batched, mixed
 from kd_lightning.tasks.batch import IGNORE_INDEX
 
 
@@ -48,7 +47,7 @@ def crop_and_flip(images: Tensor, padding: int, corners: Tensor, mirror: Tensor)
     return cut.permute(0, 3, 1, 2).contiguous()
 
 
-class InMemory(Dataset[tuple[Tensor, Tensor]]):
+class InMemory(Batched):
     """Images as bytes and their targets; a batch comes as float32, each channel with ``mean`` 0 and ``std`` 1.
 
     Shape: images (N, C, H, W) of uint8, target (N, ...): whole numbers of any type, which become int64, or float32.
@@ -73,16 +72,10 @@ class InMemory(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
-        images, target = self.__getitems__([key])
-        return images[0], target[0]
-
-    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = [key.sample if isinstance(key, View) else key for key in keys]
+    def batch(self, samples: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         images = self.images[samples]
-        if self.augment is not None and isinstance(keys[0], View):
-            images = self.augment(images, samples, keys[0].epoch)
+        if self.augment is not None and epoch is not None:
+            images = self.augment(images, samples, epoch)
         return (images - self.mean) / self.std, self.target[samples]
 
     def content(self) -> bytes:

@@ -1,11 +1,13 @@
 """Training loaders whose order is a function of seed and epoch, and loaders that keep the data set's order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler, default_collate
 
 
@@ -14,6 +16,27 @@ class View(NamedTuple):
 
     sample: int
     epoch: int
+
+
+class Batched(Dataset[Any]):
+    """A data set in memory, whose batch is one indexing; a sample is that of a batch of one. A subclass has `batch`."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a sample is the same in each epoch and with each seed."""
+        return True
+
+    def batch(self, samples: Sequence[int], epoch: int | None) -> Any:
+        """Return a batch, tensors (B, ...); augmented as the epoch has it, unless that is None."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: View | int) -> Any:
+        return apply_to_collection(self.__getitems__([key]), Tensor, lambda x: x[0])
+
+    def __getitems__(self, keys: Sequence[View | int]) -> Any:
+        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
+        samples = [key.sample if isinstance(key, View) else key for key in keys]
+        return self.batch(samples, keys[0].epoch if isinstance(keys[0], View) else None)
 
 
 def shuffled(

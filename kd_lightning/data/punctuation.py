@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kd_lightning.data.loaders import View
+from kd_lightning.data.loaders import Batched
 from kd_lightning.data.role_data import RoleData
 from kd_lightning.data.shakespeare import Speech, divide, read_plays, speeches
 from kd_lightning.tasks.batch import IGNORE_INDEX
@@ -37,13 +36,11 @@ class Passage(NamedTuple):
     target: list[int]
 
 
-class Passages(Dataset[tuple[Tensor, Tensor]]):
+class Passages(Batched):
     """Passages of one length, in which -100 marks the words that are padding.
 
     Shape: letters (N, S, :data:`WORD_LENGTH`) of uint8, target (N, S); a batch comes as int64.
     """
-
-    deterministic = True
 
     def __init__(self, letters: NDArray[np.uint8], target: NDArray[np.int64]) -> None:
         self.letters, self.target = torch.from_numpy(letters), torch.from_numpy(target)
@@ -51,13 +48,7 @@ class Passages(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
-        letters, target = self.__getitems__([key])
-        return letters[0], target[0]
-
-    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = [key.sample if isinstance(key, View) else key for key in keys]
+    def batch(self, samples: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         return self.letters[samples].long(), self.target[samples]
 
     def content(self) -> bytes:

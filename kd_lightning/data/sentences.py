@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kd_lightning.data.loaders import View, mixed
+from kd_lightning.data.loaders import Batched, mixed
 from kd_lightning.data.role_data import RoleData
 from kd_lightning.data.shakespeare import TEST, VALIDATION, divide, read_plays, speeches
 from kd_lightning.models.sentences import folder_of
@@ -20,13 +19,11 @@ _END = re.compile(r"(?<=[.!?])\s+")
 _FEWEST_WORDS = 4
 
 
-class Sentences(Dataset[tuple[Tensor, Tensor]]):
+class Sentences(Batched):
     """Sentences of one length, padded with 0, and the number of the play that each is from.
 
     Shape: tokens (N, S), plays (N,); a batch comes as int64.
     """
-
-    deterministic = True
 
     def __init__(self, tokens: Tensor, plays: Tensor) -> None:
         self.tokens, self.plays = tokens, plays
@@ -34,13 +31,7 @@ class Sentences(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.plays)
 
-    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
-        tokens, plays = self.__getitems__([key])
-        return tokens[0], plays[0]
-
-    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = [key.sample if isinstance(key, View) else key for key in keys]
+    def batch(self, samples: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         return self.tokens[samples].long(), self.plays[samples]
 
     def content(self) -> bytes:

@@ -7,19 +7,16 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from kd_lightning.data.in_memory import as_target, no_labels
-from kd_lightning.data.loaders import View
+from kd_lightning.data.loaders import Batched
 
 
-class Table(Dataset[tuple[Tensor, Tensor]]):
+class Table(Batched):
     """Rows as float32, and their targets.
 
     Shape: rows (N, D), target (N, ...): whole numbers of any type, which become int64, or float32.
     """
-
-    deterministic = True
 
     def __init__(self, rows: NDArray[Any] | Tensor, target: NDArray[Any] | Tensor) -> None:
         self.rows, self.target = torch.as_tensor(rows).float(), as_target(target)
@@ -27,13 +24,7 @@ class Table(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
-        sample = key.sample if isinstance(key, View) else key
-        return self.rows[sample], self.target[sample]
-
-    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = [key.sample if isinstance(key, View) else key for key in keys]
+    def batch(self, samples: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         return self.rows[samples], self.target[samples]
 
     def content(self) -> bytes:

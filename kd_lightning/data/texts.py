@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kd_lightning.data.loaders import View
+from kd_lightning.data.loaders import Batched
 from kd_lightning.data.role_data import ROLES, RoleData
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tokens import Tokenizer, read_tokenizer
@@ -19,7 +18,7 @@ _ROLES = ("teacher", "student", "validation", "test")
 _SHARES = {"teacher": 0.7, "student": 0.1, "validation": 0.1, "test": 0.1}
 
 
-class Blocks(Dataset[tuple[Tensor, Tensor]]):
+class Blocks(Batched):
     """Windows over documents: a batch is the tokens (B, S), and for each the token that comes after it (B, S).
 
     No window goes over the end of a document; what is missing has target -100.
@@ -30,8 +29,6 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
         stride: From one window's first token to the next one's.
         most: Keep so many windows at most, evenly over the documents; all unless given.
     """
-
-    deterministic = True
 
     def __init__(self, documents: Sequence[Any], length: int, stride: int, most: int | None = None) -> None:
         self.length, self.stride = length, stride
@@ -54,13 +51,7 @@ class Blocks(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, key: View | int) -> tuple[Tensor, Tensor]:
-        tokens, target = self.__getitems__([key])
-        return tokens[0], target[0]
-
-    def __getitems__(self, keys: Sequence[View | int]) -> tuple[Tensor, Tensor]:
-        """Return a batch; PyTorch's DataLoader asks for it where this method is there."""
-        samples = [key.sample if isinstance(key, View) else key for key in keys]
+    def batch(self, samples: Sequence[int], epoch: int | None) -> tuple[Tensor, Tensor]:
         places = self.starts[samples][:, None] + torch.arange(self.length + 1)
         inside = places < self.ends[samples][:, None]
         tokens = self.tokens[places.clamp_max(len(self.tokens) - 1)].long().masked_fill(~inside, 0)
