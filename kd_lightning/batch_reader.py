@@ -11,7 +11,7 @@ from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.preflight.batches import size_of
 from kd_lightning.selection import Selector, check_selector, describe, select
 from kd_lightning.several_calls import repeated
-from kd_lightning.tasks import Batch, Task
+from kd_lightning.tasks import Batch, Task, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 
 _SUGGESTION = "name the target with Distillation(..., target=), a key, an index or a function of the batch, which is"
@@ -26,7 +26,8 @@ class BatchReader:
         target: The target in a batch; the task finds it unless given.
         labels_needed: Whether a loss reads the targets. Where none does, targets that are none of the outputs' are
             left out.
-        unwrap: Takes off what was put around a batch.
+        bare: Whether a teacher's outputs are taken out of bare batches, too; see
+            :func:`~kd_lightning.tasks.batch.unwrapped`.
 
     Attributes:
         task: May be set to another.
@@ -41,17 +42,21 @@ class BatchReader:
         teacher_inputs: Selector | None,
         target: Selector | None,
         labels_needed: bool,
-        unwrap: Callable[[Any], Unwrapped],
+        bare: bool = False,
     ) -> None:
         check_selector("teacher_inputs", teacher_inputs)
         check_selector("target", target)
-        self.task, self._unwrap = task, unwrap
+        self.task, self._bare = task, bare
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
         self._fits = True
         self._without_target: Any = None
 
+    def unwrap(self, batch: Any) -> Unwrapped:
+        """Take off what was put around a batch."""
+        return unwrapped(batch, bare=self._bare)
+
     def read(self, batch: Any) -> Batch:
-        batch, samples, teacher = self._unwrap(batch)
+        batch, samples, teacher = self.unwrap(batch)
         target = self.target(batch)
         if target is None and self._target is None:
             self._without_target = batch
