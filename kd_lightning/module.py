@@ -38,7 +38,15 @@ from kd_lightning.resume import Resumption, begin_with_next_epoch, rng_states
 from kd_lightning.tasks import Batch, Task, or_default
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.teachers.base import peers_of
-from kd_lightning.tracking.metrics import TeacherScores, agreement, log_terms, logs_this_step
+from kd_lightning.tracking.metrics import (
+    TeacherScores,
+    agreement,
+    log_divergence,
+    log_measurements,
+    log_terms,
+    logs_this_step,
+)
+from kd_lightning.tracking.step_clock import StepClock
 
 _STUDENT, _OBJECTIVE = "student.", "objective."
 
@@ -105,6 +113,7 @@ class DistillationModule(LightningModule):
         self._test_metrics = self.task.metrics().clone(prefix="test/")
         self._agreement = MeanMetric()
         self._teacher_scores = TeacherScores(self.task)
+        self._clock = StepClock()
         check_parts(self.teacher, self.objective)
 
     @property
@@ -133,7 +142,7 @@ class DistillationModule(LightningModule):
         self._divergence = Divergence()
         for metric in (self._val_metrics, self._test_metrics, self._agreement):
             metric.reset()  # after trainer.validate, they are inference tensors, which cannot be updated in a fit
-        self._teacher_scores = TeacherScores(self.task)
+        self._teacher_scores, self._clock = TeacherScores(self.task), StepClock()
         self._place_teacher()
         if self.teacher is not None:
             if self.teacher.scheduled:
@@ -143,6 +152,7 @@ class DistillationModule(LightningModule):
                 check_teacher_score(self, self.teacher, self.task)
 
     def on_validation_start(self) -> None:
+        self._clock.restart()
         self._place_teacher()
 
     def on_test_start(self) -> None:
@@ -161,7 +171,7 @@ class DistillationModule(LightningModule):
         # The teacher first: its activations are gone before the student's are kept for the backward pass.
         teacher = None
         if self.teacher is not None and self.objective.needs_teacher:
-            with idle(self.teacher.network, self.objective.idle_teacher_heads):
+            with self._clock.teaching(self.device), idle(self.teacher.network, self.objective.idle_teacher_heads):
                 teacher = self.task.arranged(self.teacher(read, self.objective.teacher_layers))
         with idle(self.student, self.objective.idle_student_heads) as inputs:
             student = self.task.arranged(run(self.student, read.args, read.kwargs, self.objective.student_layers))
@@ -171,6 +181,7 @@ class DistillationModule(LightningModule):
         total: Tensor
         total, terms = self.objective(student._replace(samples=read.samples), teacher, read.target)
         self._divergence.watch(self.trainer, total, lambda: parts_of(read, self.student, student, teacher, terms))
+        log_measurements(self, self.student, terms, self._clock, len(student.logits))
         if logs_this_step(self.trainer):
             log_terms(self, self.objective, total, terms, teacher, len(student.logits), self.task)
         return total
@@ -259,6 +270,7 @@ class DistillationModule(LightningModule):
             self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
         if teacher is None or not self.task.labelled:
             return  # without labels, the metrics above are the agreement, of the whole split
+        log_divergence(self, self.task, prefix, student, teacher, batch.target)
         same = agreement(self.task, student, teacher, batch.target)
         if same is None:
             return

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from kd_lightning.outputs import Outputs
 from kd_lightning.step_outputs import StepOutputs
 from kd_lightning.student_calls import Seen
-from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement
+from kd_lightning.tracking.metrics import MetricsWithoutLabels, TeacherScores, agreement, log_divergence
 
 
 class Scoring:
@@ -72,6 +72,7 @@ class Scoring:
         target = outputs.batches.target_or_none(unwrapped.batch)
         if target is not None and not outputs.batches.fits(target, teacher):
             target = None
+        log_divergence(module, task, prefix, student, teacher, target)
         same = agreement(task, student, teacher, target)
         if same is None:
             return

@@ -47,10 +47,12 @@ TELLS = frozenset(
         "tracking/calls.py",
         "tracking/client.py",
         "tracking/delivery.py",
+        "tracking/gradient_norms.py",
         "tracking/logger.py",
         "tracking/opening.py",
         "tracking/runs.py",
         "tracking/sqlite.py",
+        "tracking/step_clock.py",
         "tracking/store.py",
     }
 )

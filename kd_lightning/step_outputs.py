@@ -17,6 +17,7 @@ from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Ensemble, Momentum, Teacher, TeacherSource
 from kd_lightning.teachers.base import BatchSource
+from kd_lightning.tracking.step_clock import StepClock
 
 
 class StepOutputs:
@@ -84,12 +85,13 @@ class StepOutputs:
             logits = feature.new_zeros(len(feature), 0)
         return Outputs(logits, seen.features, repeated(samples, seen.calls))
 
-    def of_both(self, unwrapped: Unwrapped, seen: Seen) -> tuple[Outputs, AnyOutputs | None]:
+    def of_both(self, unwrapped: Unwrapped, seen: Seen, clock: StepClock) -> tuple[Outputs, AnyOutputs | None]:
         """Return the student's outputs, and the teacher's where a loss wants them, as losses read them."""
         student = self.task.arranged(self.of_student(seen, unwrapped.samples))
         if not self.objective.needs_teacher:
             return student, None
-        with self.reading_teacher(), idle(self.teacher.network, self.objective.idle_teacher_heads):
+        idle_heads = idle(self.teacher.network, self.objective.idle_teacher_heads)
+        with clock.teaching(student.logits.device), self.reading_teacher(), idle_heads:
             batches = map(self.without_labels, self.teacher_batches(unwrapped, seen))
             teacher = join([self.teacher(batch, self.objective.teacher_layers) for batch in batches])
         teacher = self.task.arranged(teacher)

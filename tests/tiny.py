@@ -1,6 +1,9 @@
 """Networks, data and a Trainer that are small enough for many trainings in a second."""
 
+import csv
+from collections import defaultdict
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,3 +105,14 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     """Bitwise."""
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """What Lightning's logger wrote: values by name and step."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    with next(folder.rglob("metrics.csv")).open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    values[name][int(row["step"])] = float(value)
+    return values

@@ -31,7 +31,8 @@ from kd_lightning.tasks import Batch, Task, or_default
 from kd_lightning.tasks.batch import Unwrapped
 from kd_lightning.teachers import Teacher, TeacherSource
 from kd_lightning.teachers.base import peers_of
-from kd_lightning.tracking.metrics import log_terms, logs_this_step
+from kd_lightning.tracking.metrics import log_measurements, log_terms, logs_this_step
+from kd_lightning.tracking.step_clock import StepClock
 
 
 class Distillation(Callback):
@@ -140,7 +141,7 @@ class Distillation(Callback):
         self._pending: _Step | None = None
         self._steps = 0
         self._resumption = Resumption()
-        self._divergence = Divergence()
+        self._divergence, self._clock = Divergence(), StepClock()
 
     @property
     def task(self) -> Task:
@@ -155,7 +156,7 @@ class Distillation(Callback):
                 self._take_task(pl_module)
             return
         check_module(pl_module)
-        self._divergence = Divergence()
+        self._divergence, self._clock = Divergence(), StepClock()
         self._rehearsal = Rehearsal(pl_module, trainer, self._calls)
         self._take_task(self._rehearsal.module)
         self._scoring.begin_fit()
@@ -239,7 +240,7 @@ class Distillation(Callback):
         return step
 
     def _distil(self, module: LightningModule, unwrapped: Unwrapped, seen: Seen, task_loss: Tensor) -> Tensor:
-        student, teacher = self._outputs.of_both(unwrapped, seen)
+        student, teacher = self._outputs.of_both(unwrapped, seen, self._clock)
         total: Tensor
         total, terms = self.objective(student, teacher, self._batches.target_for(unwrapped.batch, student, seen.calls))
         if self.task_weight:  # not 0 times a NaN, which the mean over no label is
@@ -248,8 +249,11 @@ class Distillation(Callback):
         every = {**terms, "task": Term(task_loss, task_loss)}
         network = self._outputs.network(module)
         self._divergence.watch(module.trainer, total, lambda: parts_of(whole, network, student, teacher, every))
+        weighted = Term(task_loss, self.task_weight * task_loss)
+        driving = {**terms, "task": weighted} if self.task_weight else terms
+        log_measurements(module, network, driving, self._clock, len(student.logits))
         if logs_this_step(module.trainer):
-            terms = {**terms, "task": Term(task_loss, self.task_weight * task_loss)}
+            terms = {**terms, "task": weighted}
             values = {name: Term(term.raw.detach(), term.weighted.detach()) for name, term in terms.items()}
             soft_targets = None if teacher is None or not self._scoring.possible else teacher._replace(features={})
             self._pending = _Step(total.detach(), values, soft_targets, len(student.logits))
@@ -270,6 +274,7 @@ class Distillation(Callback):
     # In validation and test.
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.restart()
         self._outputs.place_teacher(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

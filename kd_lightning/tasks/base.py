@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from kd_lightning.outputs import AnyOutputs, EnsembleOutputs, Outputs, PeerOutputs, TopK, classes_last, mixed
 from kd_lightning.tasks.batch import Batch, unwrapped
+from kd_lightning.tasks.calibration_error import CalibrationError
 from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
 
@@ -188,6 +189,25 @@ class Task:
         """
         return {}
 
+    def confidence(self, outputs: AnyOutputs, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the probability that a model gives its answer, and whether that is right, by labelled unit: (n,) each.
+
+        What calibration is about. None by default, of answers without a probability.
+        """
+        return None
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether :meth:`confidence` gives any, so that a calibration error is logged."""
+        return type(self).confidence is not Task.confidence
+
+    def divergence(self, student: Outputs, teacher: AnyOutputs, target: Tensor | None) -> Tensor | None:
+        """Return how far a student's probabilities are from its teacher's, by unit, token or pixel: (n,).
+
+        None by default, where there are no probabilities.
+        """
+        return None
+
     @property
     def has_beside(self) -> bool:
         """Whether :meth:`beside` gives any figure, for which the teacher answers the test units with each student."""
@@ -203,7 +223,10 @@ class Task:
 
     def metrics(self) -> MetricCollection:
         """Make what is logged in validation and test; each metric is updated with outputs and target."""
-        return MetricCollection({self.headline.key: HeadlineMetric(self)}, compute_groups=False)
+        metrics: dict[str, Metric | MetricCollection] = {self.headline.key: HeadlineMetric(self)}
+        if self.has_confidence:
+            metrics["ece"] = CalibrationError(self)
+        return MetricCollection(metrics, compute_groups=False)
 
     def knows_nothing(self, target: Tensor, width: int | None = None) -> float | None:
         """Return the headline of a model that has learnt nothing; None where that cannot be said.

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_lightning.outputs import AnyOutputs, class_dim, classes_last
+from kd_lightning.outputs import AnyOutputs, Outputs, TopK, class_dim, classes_last
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.headline import Headline
@@ -67,6 +67,28 @@ class Classification(Task):
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Tell for each sample, token or pixel whether both find the same class most likely: 0 or 1, (n,)."""
         return torch.eq(student, teacher).float().flatten()
+
+    def confidence(self, outputs: AnyOutputs, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probability of the most likely class at T = 1, and whether that is the label: (n,) each.
+
+        Of each labelled sample, token or pixel.
+        """
+        labels, answers = self.labels(target), outputs.best()
+        if isinstance(outputs, TopK):
+            highest = outputs.log_probs.float().amax(-1).exp()
+        else:
+            highest = torch.softmax(classes_last(outputs.logits).float(), -1).amax(-1)
+        labelled = labels != IGNORE_INDEX
+        return highest[labelled], torch.eq(answers[labelled], labels[labelled]).float()
+
+    def divergence(self, student: Outputs, teacher: AnyOutputs, target: Tensor | None) -> Tensor | None:
+        """Return KL(teacher ‖ student) in nats at T = 1 for each sample, pixel or labelled token: (n,)."""
+        if isinstance(teacher, TopK) or not self.comparable(student, teacher):
+            return None
+        log_t, log_s = (torch.log_softmax(classes_last(x.logits).float(), -1) for x in (teacher, student))
+        divergences = (log_t.exp() * (log_t - log_s)).sum(-1)
+        counts = self.without_padding(torch.zeros(divergences.shape, dtype=torch.long, device=log_t.device), target)
+        return divergences[counts != IGNORE_INDEX]
 
     def knows_nothing(self, target: Tensor, width: int | None = None) -> float | None:
         """Return 1/C, with the classes that outputs, or else labels, tell apart; None for one alone."""

@@ -140,6 +140,10 @@ class LanguageModelling(TokenClassification):
         kl = (p_t * (log_t - log_s)).sum(-1) / math.log(2)
         return {"kl_teacher": kl, "acceptance": torch.minimum(p_t, log_s.exp()).sum(-1)}
 
+    def divergence(self, student: Outputs, teacher: AnyOutputs, target: Tensor | None) -> Tensor | None:
+        """Return KL(teacher ‖ student) in bits for each token that counts: (n,)."""
+        return None if target is None else self.beside(student, teacher, target).get("kl_teacher")
+
     def metrics(self) -> MetricCollection:
         perplexity = Headline(
             name="perplexity",

@@ -82,8 +82,9 @@ class TokenClassification(Classification):
         return torch.where(counts.any(1), same / counts.sum(1).clamp_min(1), 1.0)
 
     def metrics(self) -> MetricCollection:
-        accuracy = HeadlineMetric(Classification())
-        return MetricCollection({self.headline.key: HeadlineMetric(self), "acc": accuracy}, compute_groups=False)
+        metrics = super().metrics()
+        metrics.add_metrics({"acc": HeadlineMetric(Classification())})
+        return metrics
 
     def knows_nothing(self, target: Tensor, width: int | None = None) -> float | None:
         """Return the macro-F1 of the most frequent class for each token; None for one class alone."""

@@ -19,7 +19,18 @@ from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.losses import KD, HardLabel, Hint
 from kd_lightning.objective import DistillationObjective
 from kd_lightning.schedules import linear
-from tests.tiny import FEATURES, Network, assert_equal, good_teacher, loader, network, samples, trainer, weights
+from tests.tiny import (
+    FEATURES,
+    Network,
+    assert_equal,
+    good_teacher,
+    loader,
+    logged,
+    network,
+    samples,
+    trainer,
+    weights,
+)
 
 
 class Existing(LightningModule):
@@ -588,6 +599,19 @@ def test_logged_names_and_values() -> None:
     torch.testing.assert_close(metrics["val/teacher_acc"], (teacher == y).float().mean())
     tested = trainer(callbacks=[callback]).test(module, loader(seed=5), verbose=False)[0]
     assert tested["test/agreement"] == pytest.approx(float(metrics["val/agreement"]))
+
+
+@pytest.mark.parametrize("task_weight", [0.5, 0.0])
+def test_which_term_drives_the_student_and_how_fast_it_goes_are_logged(tmp_path, task_weight: float) -> None:
+    module, callback = make(task_weight=task_weight)
+    fit(module, callback, log_every_n_steps=1, logger=CSVLogger(tmp_path))
+    values = logged(tmp_path)
+    driving = {f"train/grad_norm/{name}" for name in ("kd", "hint", *(["task"] if task_weight else []))}
+    assert {name for name in values if name.startswith("train/grad_norm")} == driving
+    assert all(list(values[name]) == [0] and values[name][0] > 0 for name in driving)
+    assert list(values["train/samples_per_s"]) == [1, 2, 3]  # the first step's beginning is not known
+    assert 0 < values["train/teacher_share"][3] < 1
+    assert {"val/kl_teacher", "val/teacher_ece"} <= set(values)
 
 
 def test_mixed_precision_accumulation_and_clipping() -> None:
