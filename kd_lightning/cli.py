@@ -16,12 +16,15 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from rich.console import Console
 
 import kd_lightning
 from kd_lightning.configuration.composing import Held, explain
 
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+_OWN_FLAGS = {"-q": "quiet", "--quiet": "quiet", "--json": "json"}
 _terminated = False
+_flags: set[str] = set()
 
 
 def conf_dir() -> Path:
@@ -33,6 +36,9 @@ def conf_dir() -> Path:
 def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    for word in [word for word in sys.argv[1:] if word in _OWN_FLAGS]:  # Hydra takes no flags but its own
+        sys.argv.remove(word)
+        _flags.add(_OWN_FLAGS[word])
     try:
         with redirect_stderr(Held(sys.stderr)) as said:
             _hydra_main()
@@ -73,10 +79,11 @@ def _hydra_main(config: DictConfig) -> float | None:
     if isinstance(sys.stderr, Held):  # the configuration is there
         sys.stderr = sys.stderr.stream
     _quiet()
-    kd_lightning.load()
-    from kd_lightning.command import run
+    with Console(quiet=bool(_flags)).status("importing PyTorch and Lightning"):
+        kd_lightning.load()
+        from kd_lightning.command import run
 
-    return run(config, _experiment(), _overrides())
+    return run(config, _experiment(), _overrides(), quiet="quiet" in _flags, as_json="json" in _flags)
 
 
 def _overrides() -> list[str]:

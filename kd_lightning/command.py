@@ -1,7 +1,9 @@
 """What the command does once its configuration is there."""
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -10,6 +12,8 @@ from rich.console import Console
 from kd_lightning.configuration.arguments import in_a_line
 from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.records import Verdict
+from kd_lightning.report.verdict_json import text_of
+from kd_lightning.report.words import say
 from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.logger import store_uri
 from kd_lightning.tracking.runs import is_rank_zero
@@ -19,22 +23,29 @@ _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, Om
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 
-def run(config: DictConfig, experiment: str | None, overrides: Sequence[str]) -> float | None:
+def run(
+    config: DictConfig, experiment: str | None, overrides: Sequence[str], *, quiet: bool = False, as_json: bool = False
+) -> float | None:
     """Run a pipeline, and say what came of it.
 
     Args:
         config: As it was composed.
         experiment: The pipeline's name, unless the configuration has one.
         overrides: With which it was composed.
+        quiet: Print the sentence alone.
+        as_json: Print ``verdict.json`` alone.
 
     Returns:
         What a Hydra sweeper optimises; None without a verdict.
     """
     try:
         job = pipeline(config, experiment, overrides)
+        if quiet or as_json:
+            job.console = Console(quiet=True)
         if config.logger and is_rank_zero():
             check_store(store_uri(config.logger.get("tracking_uri")))
-        verdict = job.run()
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there, too
+            verdict = job.run()
     except Exception as error:
         of_tracking = type(error).__module__.startswith("mlflow")  # which is not imported for this alone
         if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (of_tracking or isinstance(error, _MISTAKES)):
@@ -42,7 +53,11 @@ def run(config: DictConfig, experiment: str | None, overrides: Sequence[str]) ->
         raise SystemExit(f"kd-lightning: {'logger: ' if of_tracking else ''}{in_a_line(error)}") from error
     if verdict is None:
         return None
-    if config.logger:
+    if as_json:
+        print(text_of(verdict))
+    elif quiet:
+        print(say(verdict).sentence)
+    elif config.logger:
         _say_where(job.console, config.logger.get("tracking_uri"))
     return sweep_objective(verdict)
 

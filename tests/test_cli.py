@@ -1,5 +1,6 @@
 """What the command line answers."""
 
+import json
 import os
 import re
 import shlex
@@ -103,3 +104,13 @@ def test_help_and_typos_import_nothing_that_takes_seconds(tmp_path: Path) -> Non
         ran = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert "imported []" in ran.stdout
         assert ran.returncode == (arguments == ["losses.kd.temprature=3"])
+
+
+def test_quiet_prints_the_sentence_and_json_the_verdict_alone(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    sentence = kd_lightning(*TINY, "-q", cwd=tmp_path)
+    printed = kd_lightning("--json", *TINY, cwd=tmp_path)
+    verdict = json.loads(printed)
+    assert sentence == f"{verdict['sentence']}\n"
+    (file,) = folder.glob("mlruns/stages/*/verdict.json")
+    assert json.loads(file.read_text()) == verdict

@@ -111,8 +111,11 @@ class Pipeline:
             for left in (self.work_dir, *self.work_dir.glob("*/")):
                 remove_leftovers(left)
         check_writable(self.work_dir, name="work_dir")
-        check_trainings(self._trainings(), self.quantized)
-        for training in self._trainings():
+        console = self.console if is_rank_zero() else Console(quiet=True)
+        trainings = self._trainings()
+        with console.status(f"checking the data, the networks and the losses of {len(trainings)} trainings"):
+            check_trainings(trainings, self.quantized)
+        for training in trainings:
             training.code()  # is read now, ahead of edits during the training: what was imported is what runs
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
         # Where another process runs the very same pipeline, this one has a parent run of its own.
@@ -205,7 +208,8 @@ class Pipeline:
             else:
                 tracking.metrics(tracking.run_id, {f"data/{name}": value})
         tracking.settle()
-        costs = self._measure(finished, data)
+        with self.console.status("timing the models"):
+            costs = self._measure(finished, data)
         parts = self._parts(data)
         results = []
         for stage in finished:

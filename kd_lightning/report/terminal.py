@@ -8,9 +8,10 @@ from typing import Any
 import rich.table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from kd_lightning.progress import progress
 from kd_lightning.records import Verdict
 from kd_lightning.report.table import Table, comparison, overview
 from kd_lightning.report.words import say
@@ -45,7 +46,10 @@ def _in_rich(table: Table) -> rich.table.Table:
 
 
 class StageProgress(Callback):
-    """A bar that names the stage in a terminal; a line for each finished stage anywhere.
+    """One line in a terminal: the stage, how much of the whole pipeline is done, and the time that is left.
+
+    A line for each finished stage anywhere. Stages count alike, whatever they take; the time left follows from how
+    fast the last half minute went.
 
     Args:
         console: Where to write.
@@ -59,14 +63,13 @@ class StageProgress(Callback):
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
+            TaskProgressColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("")
+        self._task = self._bar.add_task("", total=stages)
         self._shown = 0.0
 
     def __enter__(self) -> "StageProgress":
@@ -79,18 +82,16 @@ class StageProgress(Callback):
         self._bar.stop()
 
     def begin(self, name: str) -> None:
-        self._bar.reset(self._task, description=f"[{self._done + 1}/{self.stages}] {name}", total=None)
+        self._bar.update(self._task, description=f"[{self._done + 1}/{self.stages}] {name}", completed=self._done)
 
     def end(self, name: str, what: str) -> None:
         self._done += 1
         self.console.print(f"[{self._done}/{self.stages}] {name}: {what}", markup=False, highlight=False)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.update(self._task, total=trainer.estimated_stepping_batches)
+        self._bar.update(self._task, completed=self._done)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self._shown > 0.1:
             self._shown = time.monotonic()
-            self._bar.update(self._task, completed=trainer.global_step)
+            self._bar.update(self._task, completed=self._done + progress(trainer))

@@ -18,7 +18,11 @@ def as_dict(verdict: Verdict) -> dict[str, Any]:
     return first | said | figures
 
 
+def text_of(verdict: Verdict) -> str:
+    """Return the text of ``verdict.json``."""
+    return json.dumps(as_dict(verdict), indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def write_verdict(verdict: Verdict, path: str | os.PathLike[str]) -> None:
     """Write ``verdict.json`` under a temporary name and rename it: a reader never sees half a file."""
-    text = json.dumps(as_dict(verdict), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(Path(path), text.encode())
+    write_atomically(Path(path), f"{text_of(verdict)}\n".encode())
