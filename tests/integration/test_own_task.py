@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.command import TINY, kd_lightning_anew
+from tests.command import TINY, kd_lightning
 from tests.pipeline.test_pipeline import runs
 
 pytestmark = pytest.mark.integration
@@ -66,15 +65,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str, code: int = 0) -> str:
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     given = [f"hydra.searchpath=[file://{folder}/conf]", "task=sizes", *TINY, "trainer.check_val_every_n_epoch=1"]
-    return kd_lightning_anew(*given, *arguments, cwd=folder, code=code, PYTHONPATH=path)
+    return kd_lightning(*given, *arguments, cwd=folder, code=code)  # which finds modules there
 
 
 def test_one_file_and_one_yaml_go_to_the_verdict(folder: Path) -> None:
-    stages = "stages=[teacher,student,distilled,quantized,verdict]"
-    arguments = [stages, "quantized.steps=4", "quantized.weights_only=null", "seeds=[0,1]"]
-    printed = command(folder, *arguments)
+    stages = "teacher,student,distilled"
+    printed = command(folder, f"stages=[{stages},verdict]", "seeds=[0,1]")
     assert re.search(r"teacher-hard_label-s0: validation root mean squared error \d\.\d\d sizes \(", printed)
     assert "root mean squared error" in " ".join(printed.split())
 
@@ -93,16 +90,24 @@ def test_one_file_and_one_yaml_go_to_the_verdict(folder: Path) -> None:
     logged = by_name["distilled-kd-T4-s0"]
     assert {"final/rmse", "final/val_rmse", "final/agreement", "final/retention", "val/rmse"} <= logged.keys()
     assert logged["val/teacher_rmse"] == pytest.approx(by_name["teacher-hard_label-s0"]["final/val_rmse"], rel=1e-3)
+
+    quantized = [
+        f"stages=[{stages},quantized,verdict]",
+        "quantized.steps=4",
+        "quantized.weights_only=null",
+        "seeds=[0]",
+    ]
+    assert command(folder, *quantized).count("reused") == 3
+    by_name = {run.info.run_name: run.data.metrics for run in runs(folder)[2]}
+    assert 0.5 < by_name["quantized-distilled-ptq-int8-s0"]["final/agreement_fp32"] <= 1
     for stage in folder.glob("mlruns/stages/*/result.json"):
         with np.load(stage.parent / "predictions.npz") as arrays:
             recorded = json.loads(stage.read_text())["result"]["headline"]
             assert math.sqrt(arrays["scores"].mean()) == pytest.approx(recorded)
-    assert 0.5 < by_name["quantized-distilled-ptq-int8-s0"]["final/agreement_fp32"] <= 1
 
-    again = command(folder, *arguments)
-    assert again.count("reused") == again.count("validation root mean squared error"), again
     # Another name for the units changes no training; another way to score does.
-    assert "reused" in command(folder, "+task.units=boots", "stages=[teacher]")
+    again = command(folder, *quantized, "+task.units=boots")
+    assert again.count("reused") == again.count("validation root mean squared error") == 8, again
     (folder / "own_task.py").write_text(TASK.replace(".square()", ".abs()"))
     assert "reused" not in command(folder, "stages=[teacher]")
 

@@ -12,7 +12,14 @@ import pytest
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_RUN = ["teacher.trainer.max_steps=60", "trainer.max_steps=4", "seeds=[0]"]
+TINY_RUN = [
+    "stages=[teacher,student,distilled,quantized,verdict]",
+    "teacher.trainer.max_steps=60",
+    "trainer.max_steps=4",
+    "quantized.steps=4",
+    "quantized.weights_only=null",
+    "seeds=[0]",
+]
 
 
 def _run(command: list[str | Path], cwd: Path) -> str:

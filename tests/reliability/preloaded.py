@@ -1,7 +1,8 @@
 """Start ``kd-lightning`` many times, each a process of its own, forked from one that has imported everything.
 
 An import takes some six seconds, a fork a hundredth of one. The parent imports, runs no operator of PyTorch and so has
-no thread that a child would miss; what a child does is what ``python -m kd_lightning`` does from there on.
+no thread that a child would miss; what a child does is what ``python -m kd_lightning`` does from there on, but for the
+shortcuts in :mod:`tests.shortcuts`.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.command import environment
+from tests.shortcuts import measure_briefly, migrate_once, read_operators_once
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,9 +86,10 @@ class Preloaded:
     """The parent, as a context: ``start`` forks a command."""
 
     def __enter__(self) -> "Preloaded":
-        code = "from tests.reliability.preloaded import _serve; _serve()"
+        self._folder = tempfile.TemporaryDirectory()
+        code = "import sys; from tests.reliability.preloaded import _serve; _serve(sys.argv[1])"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, f"{self._folder.name}/mlflow.db"],
             cwd=ROOT,
             # pyarrow's allocator has a thread of its own otherwise
             env=environment(PYTHONPATH=str(ROOT), JE_ARROW_MALLOC_CONF="background_thread:false"),
@@ -102,6 +106,7 @@ class Preloaded:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+        self._folder.cleanup()
 
     def start(self, *arguments: str, cwd: Path, output: Path, **environment: str | None) -> Command:
         """Fork ``kd-lightning *arguments``; a variable that is None is taken out of its environment."""
@@ -135,8 +140,8 @@ class Preloaded:
         return answer
 
 
-def _serve() -> None:
-    """Import, then fork a command for each line asked."""
+def _serve(database: str) -> None:
+    """Import, then fork a command for each line asked; ``database`` is where to keep a new store, to be copied."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # Not onnxruntime, which starts a thread as it is imported.
@@ -148,8 +153,13 @@ def _serve() -> None:
 
     import kd_lightning.cli
     import kd_lightning.command
+    from kd_lightning.source_code import package_hash
 
     del lightning, mlflow, onnx, onnxscript, sqlalchemy
+    package_hash()
+    read_operators_once()
+    measure_briefly()
+    migrate_once(Path(database))
 
     def answer(content: dict[str, object]) -> None:
         print(json.dumps(content), file=answers, flush=True)

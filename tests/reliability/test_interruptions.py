@@ -15,6 +15,7 @@ import pytest
 from kd_lightning import load_student
 from tests.pipeline.test_pipeline import runs
 from tests.reliability.preloaded import Command, Preloaded
+from tests.shortcuts import MIGRATE
 
 pytestmark = pytest.mark.integration
 
@@ -103,7 +104,7 @@ def test_killed_at_twenty_random_points(parent: Preloaded, uninterrupted: dict[s
         finished = False
         while not finished:
             before = written(folder)
-            command = parent.start(*ARGUMENTS, cwd=folder, output=folder / "output")
+            command = parent.start(*ARGUMENTS, cwd=folder, output=folder / "output", **{MIGRATE: "1"})
             if kills < KILLS:
                 more = chance.choice([0, *range(1, 8)])  # files; 0 is a point in the start
                 finished = not command.wait_until(lambda: len(written(folder) - before) >= more)  # noqa: B023

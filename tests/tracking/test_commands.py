@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from kd_lightning import load_student
 from tests.reliability.preloaded import Command, Preloaded
+from tests.shortcuts import MIGRATE
 from tests.tracking.servers import Server, failing, free_port, silent
 
 pytestmark = pytest.mark.integration
@@ -193,8 +194,9 @@ def test_a_signal_before_the_first_stage_ends_it_with_the_usual_line(
 
 
 def test_two_commands_at_once_in_an_empty_folder(start: Callable[..., Command], tmp_path: Path) -> None:
+    new = {MIGRATE: "1"}
     commands = [
-        start(*SHORT[:2], f"seeds=[{seed}]", "stages=[student]", f"name=both-{seed}", f"work_dir=stages-{seed}")
+        start(*SHORT[:2], f"seeds=[{seed}]", "stages=[student]", f"name=both-{seed}", f"work_dir=stages-{seed}", **new)
         for seed in range(2)
     ]
     for command in commands:
