@@ -2,11 +2,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kd_lightning.losses import KD, HardLabel
 from kd_lightning.objective import Term
 from kd_lightning.tracking.gradient_norms import gradient_norms
-from tests.tiny import distillation, loader, logged, trainer
+from tests.tiny import assert_equal, distillation, loader, logged, trainer
 
 
 def test_they_are_those_of_a_backward_pass_each_and_leave_the_next_one_as_it_is() -> None:
@@ -45,22 +46,55 @@ def test_a_training_with_them_is_the_one_without(tmp_path) -> None:
         torch.manual_seed(0)
         trainer(logger=CSVLogger(tmp_path), log_every_n_steps=every, max_epochs=2).fit(module, loader(24))
         found.append(module.student.state_dict())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert_equal(*found)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_activations_stop_no_training(tmp_path, reentrant: bool) -> None:
-    from torch.utils.checkpoint import checkpoint
+class InPlace(torch.autograd.Function):
+    """As fused kernels do it: its gradient is written into what it has saved, which PyTorch does not see."""
 
-    class Checkpointed(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = torch.full_like(x, 2.0)
+        return 2 * x
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = x.detach().requires_grad_() if self.training else x
-            return checkpoint(self.inner, x, use_reentrant=reentrant)
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor.mul_(gradient)
 
-    student = Checkpointed(distillation().student)
-    trainer(logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(distillation(student), loader(24))
-    assert ("train/grad_norm/kd" in logged(tmp_path)) != reentrant
+
+class Around(nn.Module):
+    """A network with something else around it."""
+
+    def __init__(self, inner: nn.Module, call) -> None:
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.inner, x.detach().requires_grad_() if self.training else x)
+
+
+AROUND = {
+    "in place": lambda inner, x: InPlace.apply(inner(x)),
+    "reentrant": lambda inner, x: checkpoint(inner, x, use_reentrant=True),
+    "not reentrant": lambda inner, x: checkpoint(inner, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_graphs_that_may_not_survive_a_second_pass_are_left_alone(tmp_path, kind: str) -> None:
+    trained = []
+    for every in (1, 1000):
+        student = Around(distillation().student, AROUND[kind])
+        folder = tmp_path / str(every)
+        trainer(logger=CSVLogger(folder), log_every_n_steps=every).fit(distillation(student), loader(24))
+        trained.append(student.state_dict())
+        if every == 1:
+            assert ("train/grad_norm/kd" in logged(folder)) == (kind == "not reentrant")
+    assert_equal(*trained)
+
+
+def test_a_compiled_student_is_left_alone(tmp_path) -> None:
+    module = distillation()
+    module.student.compile(backend="aot_eager")
+    trainer(logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(module, loader(24))
+    assert "train/grad_norm/kd" not in logged(tmp_path)
