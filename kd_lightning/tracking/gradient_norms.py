@@ -13,13 +13,13 @@ from kd_lightning.objective import Term
 
 EVERY = 10
 """Logged steps from one measurement to the next, as each takes a backward pass for each term."""
-_MOST_PARAMETERS = 100_000_000
+_MOST_PARAMETERS = 30_000_000
 
 
 def measures_gradients(trainer: Trainer, student: nn.Module) -> bool:
     """Tell whether the norms are measured in this step: the first that is logged, and each tenth after it.
 
-    Not of sharded networks, and of more than 100 million trained parameters, as memory for a second set of gradients
+    Not of sharded networks, and of more than 30 million trained parameters, as memory for a second set of gradients
     may be missing.
     """
     interval = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
