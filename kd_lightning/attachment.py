@@ -5,6 +5,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -85,6 +87,16 @@ def check_loss(returned: Any, trained_by: bool = False) -> None:
         )
 
 
+def check_strategy(strategy: Strategy, objective: DistillationObjective) -> None:
+    """Raise ValueError for losses whose parameters a strategy would split along with the module's."""
+    losses = [name for name, loss in objective.named_losses().items() if next(loss.parameters(), None) is not None]
+    if losses and type(strategy).__name__ == "FSDPStrategy":
+        raise ValueError(
+            f"FSDPStrategy makes one flat tensor of all that a module has, and losses {losses} have parameters of "
+            'their own, which are to be in no checkpoint of the module: take strategy="ddp", or losses that have none'
+        )
+
+
 def check_averaging(trainer: Trainer, callback: object, objective: DistillationObjective) -> None:
     """Raise ValueError for weights that are averaged by a callback which has copied the module without the losses."""
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
@@ -105,22 +117,25 @@ def check_optimized(trainer: Trainer, objective: DistillationObjective, add: boo
     Args:
         trainer: Has the optimizer.
         objective: Has the losses.
-        add: Whether those that are left out are added to its first group.
+        add: Whether those that are left out are added to the first of several groups; to a single one they are.
 
     Raises:
-        ValueError: Where they are left out, and are not added.
+        ValueError: Where they are left out, and are not, or cannot be added.
     """
     optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     missing = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in optimized}
-    if missing and add:
-        _add_to_optimizer(trainer, list(missing.values()))
-    elif missing:
+    if not missing:
+        return
+    left_out = f"the optimizer leaves out {len(missing)} parameters of the losses ({', '.join(list(missing)[:3])})"
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if not add and len(groups) != 1:
         raise ValueError(
-            f"the optimizer leaves out {len(missing)} parameters of the losses ({', '.join(list(missing)[:3])}), "
-            "expected them to be trained: pass Distillation(..., add_parameters=True), which adds them to its "
-            "first group, build it from self.parameters() in configure_optimizers, or take losses without "
-            "projectors"
+            f"{left_out} and has {len(groups)} groups, expected them to be trained: pass Distillation(..., "
+            "add_parameters=True), which adds them to its first group, build it from self.parameters() in "
+            "configure_optimizers, or take losses without projectors"
         )
+    _add_to_optimizer(trainer, list(missing.values()))
+    rank_zero_info(f"{left_out}: they are trained by the settings of its {'first' if add else 'only'} group")
 
 
 def _add_to_optimizer(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
@@ -128,11 +143,12 @@ def _add_to_optimizer(trainer: Trainer, parameters: list[nn.Parameter]) -> None:
     # a checkpoint's optimizer states are loaded, which Lightning does after on_fit_start.
     optimizer = trainer.optimizers[0]
     made = type(optimizer).__name__
-    if optimizer.state or type(trainer.strategy).__name__ in ("DeepSpeedStrategy", "FSDPStrategy"):
-        why = f"with {type(trainer.strategy).__name__}" if not optimizer.state else "as it has made its state already"
+    spreading = type(trainer.strategy).__name__ in ("DeepSpeedStrategy", "FSDPStrategy")
+    if optimizer.state or spreading or made == "ZeroRedundancyOptimizer":
+        why = "as it has made its state already" if optimizer.state else "which spreads them over processes"
         raise ValueError(
-            f"add_parameters=True cannot add to {made} {why}, expected to before the first step: build the optimizer "
-            "from self.parameters() in configure_optimizers"
+            f"the losses' parameters cannot be added to {made} {why}, expected to before the first step: build the "
+            "optimizer from self.parameters() in configure_optimizers"
         )
     optimizer.param_groups[0]["params"].extend(parameters)
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.preflight.batches import size_of
-from kd_lightning.selection import Selector, check_selector, describe, select
+from kd_lightning.selection import Selector, check_selector, describe, has_part, select
 from kd_lightning.several_calls import repeated
 from kd_lightning.tasks import Batch, Task, unwrapped
 from kd_lightning.tasks.batch import Unwrapped
 
-_SUGGESTION = "name the target with Distillation(..., target=), a key, an index or a function of the batch, which is"
+_USUAL_NAMES = ("targets", "y", "Y")
+"""What targets are called beside the names that a task knows."""
 
 
 class BatchReader:
@@ -48,7 +49,7 @@ class BatchReader:
         check_selector("target", target)
         self.task, self._bare = task, bare
         self._teacher_inputs, self._target, self._labels_needed = teacher_inputs, target, labels_needed
-        self._fits = True
+        self._fits, self._in_column = True, False
         self._without_target: Any = None
 
     def unwrap(self, batch: Any) -> Unwrapped:
@@ -76,15 +77,24 @@ class BatchReader:
             try:
                 target = self.task.read(batch).target
             except TypeError as error:
-                if self._labels_needed:
+                target = _by_usual_name(batch)
+                if target is None and self._labels_needed:
                     expected, _, _ = str(error).partition(": pass")
-                    raise TypeError(f"{expected}: {_SUGGESTION} {describe(batch)}") from None
-        unread = not self._labels_needed and not (self._fits and isinstance(target, Tensor))
-        return None if unread else target
+                    raise TypeError(f"{expected}: {_name_it(batch)}") from None
+            if target is None:
+                target = _by_usual_name(batch)
+            elif type(target) in (tuple, list) and len(target) == 2 and target[1] is None:
+                target = target[0]  # pytorch-forecasting's (target, weight), which has no weight
+            target = self.task.target_of(target)
+        if not isinstance(target, Tensor):
+            return target if self._labels_needed else None
+        if self._in_column and target.shape[1:] == (1,):
+            target = target.squeeze(1)
+        return target if self._labels_needed or self._fits else None
 
     def begin(self) -> None:
         """Forget what was noted of another loader."""
-        self._fits, self._without_target = True, None
+        self._fits, self._in_column, self._without_target = True, False, None
 
     def target_or_none(self, batch: Any) -> Tensor | None:
         try:
@@ -147,13 +157,26 @@ class BatchReader:
                 "and the teacher is not scored; pass target= to have it scored"
             )
 
+    def note_column(self, target: Any, outputs: Outputs) -> None:
+        """Read class indices (B, 1) as (B,) from now on, where a loss reads them and outputs have one class a sample.
+
+        Otherwise they may well be of something else than of the outputs.
+
+        Args:
+            target: Of a batch that was read before.
+            outputs: For the same batch.
+        """
+        if self._labels_needed and isinstance(target, Tensor) and not target.is_floating_point():
+            one_class = self.task.over_classes and outputs.logits.ndim == 2 and outputs.logits.shape[1] > 1
+            self._in_column |= one_class and target.shape[1:] == (1,)
+
     @contextmanager
     def suggest_target(self, batch: Any) -> Iterator[None]:
         """Add to errors about a target how to name another one."""
         try:
             yield
         except ValueError as error:
-            raise ValueError(f"{error}; or {_SUGGESTION} {describe(batch)}") from error
+            raise ValueError(f"{error}; or {_name_it(batch)}") from error
 
     @contextmanager
     def say_what_else_there_is(self) -> Iterator[None]:
@@ -163,7 +186,7 @@ class BatchReader:
         except ValueError as error:
             if self._without_target is None or not self._labels_needed:
                 raise
-            raise ValueError(f"{error}; or {_SUGGESTION} {describe(self._without_target)}") from error
+            raise ValueError(f"{error}; or {_name_it(self._without_target)}") from error
 
     def arguments(self, batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         assert self._teacher_inputs is not None
@@ -176,6 +199,30 @@ class BatchReader:
         if isinstance(inputs, Mapping):
             return (), inputs
         return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+
+def _by_usual_name(batch: Any) -> Any:
+    """Return the tensor that a batch calls by a usual name of targets, or beside an image ``mask``; None of several."""
+    names = [name for name in _USUAL_NAMES if has_part(batch, name)]
+    if has_part(batch, "image") and has_part(batch, "mask"):
+        names.append("mask")
+    found = [part for name in names if isinstance(part := select(batch, name, "target"), Tensor)]
+    return found[0] if len(found) == 1 else None
+
+
+def _name_it(batch: Any) -> str:
+    """Say how a target is named, with one of the parts that may be it."""
+    parts = dict(batch) if isinstance(batch, Mapping) else {}
+    if isinstance(batch, tuple | list):
+        parts = dict(enumerate(batch))
+    pairs = [f"lambda batch: batch[{name!r}][0]" for name, part in parts.items() if isinstance(part, tuple | list)]
+    tensors = {repr(name): part for name, part in parts.items() if isinstance(part, Tensor) and name != 0}
+    whole = [name for name, part in tensors.items() if not part.is_floating_point()]  # as class indices are
+    example = next(iter([*whole, *pairs, *tensors]), "...")
+    return (
+        f"name the target, such as Distillation(..., target={example}), by a key, an index or a function of the batch, "
+        f"which is {describe(batch)}"
+    )
 
 
 def check_count(target: Any, logits: Tensor) -> None:

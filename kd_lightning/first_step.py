@@ -82,24 +82,25 @@ def check_first_step(module: LightningModule, rehearsal: Rehearsal, outputs: Ste
     teacher = task.arranged(join(calls))
     check_rows(student, teacher)
 
-    target = repeated(batches.target(batch), seen.calls, len(student.logits))
+    batches.note_column(batches.target(batch), student)
+    target, labels = repeated(batches.target(batch), seen.calls, len(student.logits)), batches.target(raw)
     for args, kwargs in seen.inputs[:1]:
         check_next_tokens(attached, task, args, kwargs, batches.target(batch))
     check_outputs(objective, student, teacher, task, read=reads)
     scored = reads or _can_be_scored(outputs, student, teacher, target)
-    if (reads or (scored and objective.names_heads)) and first.target is not None and need_labels(objective):
+    if (reads or (scored and objective.names_heads)) and labels is not None and need_labels(objective):
         names = class_names_of(module.trainer.datamodule)  # type: ignore[attr-defined]
         if task.gives_logits:
             check_class_names(names, student.logits)
         with batches.suggest_target(raw):
-            task.check(first.target, student.logits)
+            task.check(labels, student.logits)
             check_count(target, student.logits)
         if task.over_classes:
             warn_of_missing_classes(loader, classes_of(student), names)
     elif reads:
         scored = _tells_classes(outputs, student, target)
         if scored:
-            _check_kind(task, student, first.target)
+            _check_kind(task, student, labels)
         batches.note_fit(target, student)
 
     objective.build(student, teacher, attached, teacher_source.network)

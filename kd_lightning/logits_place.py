@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.outputs import find_layer, nearest_layers
+from kd_lightning.outputs import find_layer, name_of_logits, nearest_layers
 from kd_lightning.selection import Selector, check_selector, describe, has_part, select
 
 _LAYER, _OUTPUT = "layer:", "output:"
@@ -23,8 +23,10 @@ class LogitsPlace:
 
     Args:
         selector: Name of a layer, or else a key, attribute or index of the output, or a function of it; None for the
-            output itself, or its ``logits``.
+            output itself, or its ``logits`` or ``prediction``.
         argument: The argument that says so, for errors.
+        borrowed: Whether it was said of another network. One that returns its logits and nothing else, or has no such
+            part, gives them as if nothing were said.
 
     Raises:
         TypeError: For a selector of another kind.
@@ -32,6 +34,7 @@ class LogitsPlace:
 
     selector: Selector | None = None
     argument: str = "logits"
+    borrowed: bool = False
 
     def __post_init__(self) -> None:
         check_selector(self.argument, self.selector)
@@ -65,17 +68,16 @@ class LogitsPlace:
                     f"has that name, either, which is {describe(output)}"
                 )
             logits = select(output, selector, self.argument)
-        elif not isinstance(output, Tensor) and has_part(output, "logits"):
-            logits = select(output, "logits", self.argument)
         else:
-            logits = output
+            name = name_of_logits(output)
+            logits = output if name is None else select(output, name, self.argument)
         if isinstance(logits, Tensor) and logits.ndim:
             return logits
         if selector is None:
             raise ValueError(
-                f"expected {type(network).__name__} to return its logits as a tensor, or an object with .logits, got "
-                f"{describe(output)}: name the part that they are with {self.argument}=, a key, an attribute, an index "
-                "or a function of the output"
+                f"expected {type(network).__name__} to return its logits as a tensor, or an object with .logits or "
+                f".prediction, got {describe(output)}: name the part that they are with {self.argument}=, a key, an "
+                "attribute, an index or a function of the output"
             )
         raise ValueError(
             f"expected {self.argument}={self._named} to give the logits, a tensor with one row a sample, got "
@@ -123,6 +125,9 @@ class LogitsPlace:
                 return next((p.new_zeros(0, 0) for p in network.parameters()), torch.zeros(0, 0))
 
         def taken(output: Any) -> Tensor:
+            if self.borrowed and not self._is_in(output, layer):
+                of_layer.clear()
+                return LogitsPlace(None, self.argument).read(output, network)
             if layer is None:
                 return self.read(output, network)
             if len(of_layer) != 1:
@@ -143,6 +148,15 @@ class LogitsPlace:
             hook = torch.compiler.disable(from_output)  # type: ignore[no-untyped-call]
             hooks.enter_context(network.register_forward_hook(hook, prepend=True))
             yield
+
+    def _is_in(self, output: Any, layer: str | None) -> bool:
+        """Tell whether what was said of another network can be meant of this one, too."""
+        if isinstance(output, Tensor):
+            return False
+        if layer is not None:
+            return name_of_logits(output) is None
+        part = self._of_output
+        return part is None or callable(part) or has_part(output, part)
 
     @property
     def _of_output(self) -> Selector | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.selection import describe
+from kd_lightning.selection import describe, has_part, select
 
 TOP_K_REMEDY = "take kd, forward_kl, top_k_kl or deit_hard, without standardize, or a teacher that gives its logits"
 
@@ -292,20 +292,34 @@ def run(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], laye
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in a network's output: a tensor, or an object or mapping with ``logits``.
+    """Return the logits in a network's output: a tensor, or an object or mapping with ``logits`` or ``prediction``.
 
     Raises:
         TypeError: For anything else.
     """
     if isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    name = name_of_logits(output)
+    if name is not None:
+        logits: Tensor = output[name] if isinstance(output, Mapping) and name in output else getattr(output, name)
         return logits
     raise TypeError(
-        f"expected the network to return its logits as a tensor, or an object with .logits, got "
+        f"expected the network to return its logits as a tensor, or an object with .logits or .prediction, got "
         f"{describe(output)}: wrap the network in a module whose forward returns the logits"
     )
+
+
+def name_of_logits(output: Any) -> str | None:
+    """Return the key or attribute by which logits, or values, are usually called; None where there is none.
+
+    A ``prediction`` may also be the class that is predicted: floating-point numbers, a row a sample, are none.
+    """
+    for name in ("logits", "prediction"):
+        if not isinstance(output, Tensor) and has_part(output, name):
+            part = select(output, name, "logits")
+            if isinstance(part, Tensor) and (name == "logits" or (part.is_floating_point() and part.ndim)):
+                return name
+    return None
 
 
 def check_name(argument: str, name: object) -> None:

@@ -69,6 +69,7 @@ class Scoring:
         if not task.labelled:
             self._metrics_without_labels.log(module, prefix, student, teacher, dataloader_idx)
             return
+        outputs.batches.note_column(outputs.batches.target_or_none(unwrapped.batch), student)
         target = outputs.batches.target_or_none(unwrapped.batch)
         if target is not None and not outputs.batches.fits(target, teacher):
             target = None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -28,7 +29,10 @@ class StepOutputs:
         teacher: Gets the arguments of each call of the student.
         calls: Where the student and its logits are.
         batches: Reads what the step got.
-        teacher_logits: Where the teacher's logits are.
+        teacher_logits: Where the teacher's logits are; where the student's are, unless something is said.
+
+    Attributes:
+        student_kind: The student's class, once it is known. A teacher of the same has its logits in the same place.
 
     Raises:
         ValueError: For a teacher that cannot be called so.
@@ -43,6 +47,7 @@ class StepOutputs:
         teacher_logits: LogitsPlace,
     ) -> None:
         self.objective, self.teacher, self.calls, self.batches = objective, teacher, calls, batches
+        self.student_kind: type[nn.Module] | None = None
         if teacher.copies_student:
             if teacher_logits.selector is not None:
                 raise ValueError(
@@ -118,13 +123,19 @@ class StepOutputs:
         Args:
             in_any_case: Also where a teacher takes them out by itself, to say what it would not.
         """
-        place = self._teacher_logits
+        needed = self.objective.reads_logits
         with ExitStack() as hooks:
-            needed = self.objective.reads_logits
-            if in_any_case or place.selector is not None or not needed:
-                for network in dict.fromkeys(_running(self.teacher)):
+            for network in dict.fromkeys(_running(self.teacher)):
+                place = self._place_in(network)
+                if in_any_case or place.selector is not None or not needed:
                     hooks.enter_context(place.alone(network, needed))
             yield
+
+    def _place_in(self, network: nn.Module) -> LogitsPlace:
+        place, said = self._teacher_logits, self.calls.logits.selector
+        if place.selector is not None or said is None:
+            return place
+        return replace(place, selector=said, borrowed=type(network) is not self.student_kind)
 
     def place_teacher(self, module: LightningModule) -> None:
         """Move the teacher to the student's device and precision."""

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from kd_lightning.attachment import attach, check_averaging, check_loss, check_module, check_optimized
+from kd_lightning.attachment import attach, check_averaging, check_loss, check_module, check_optimized, check_strategy
 from kd_lightning.batch_reader import BatchReader
 from kd_lightning.checkpoint import mismatch
 from kd_lightning.divergence import Divergence, parts_of
@@ -60,25 +60,27 @@ class Distillation(Callback):
         student: Name of the student in the module; the module itself, by its ``forward``, unless given.
         logits: Where the student's logits are: the name of a layer, relative to the student (for a module that calls
             only parts of it); or else a key, an attribute or an index of its output, or a function of it, such as
-            ``lambda output: output.prediction``. Its output, or ``.logits`` of that, unless given. Where one word
-            names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``. Losses on layers alone
-            need none.
-        teacher_logits: The same for the teacher, or each teacher of an ensemble.
+            ``lambda output: output.scores``. Its output, or ``.logits`` or ``.prediction`` of that, unless given. Where
+            one word names a layer and a part of the output: ``"layer:<name>"``, ``"output:<name>"``. Losses on layers
+            alone need none.
+        teacher_logits: The same for the teacher, or each teacher of an ensemble. What ``logits`` says, unless given,
+            of a teacher of the student's class; and of another where that returns no tensor and has such a part.
         teacher_inputs: The teacher's arguments in a batch: a key, an attribute, an index, or a function that returns a
             tensor, a tuple of positional or a mapping of keyword arguments. Needed where ``training_step`` never calls
             the student as a whole.
-        target: The target in a batch: a key, an attribute, an index, or a function; its second part, or ``labels``,
-            as the task reads it unless given.
+        target: The target in a batch: a key, an attribute, an index, or a function. Unless given, its second part, or
+            what it calls ``labels``, ``label``, ``target``, ``targets``, ``y`` or, beside an ``image``, ``mask``.
         task_weight: Factor of the module's own loss; at 0 it is left out.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
-        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given,
-            and for a language model of ``transformers`` :class:`~kd_lightning.tasks.LanguageModelling`.
+        task: What a batch means and what a good answer is. Unless given, that of a language model of ``transformers``;
+            :class:`~kd_lightning.tasks.Regression` for losses on values, such as
+            :class:`~kd_lightning.losses.TeacherRegression`; or :class:`~kd_lightning.tasks.Classification`.
         calls: Of a student that runs several times in a step, such as on two views: ``"all"`` calls, whose outputs are
             joined along the samples, and so are the teacher's for the same inputs, a target being that of each call;
             or the ``"first"``. An error unless given. The second pass of gradient checkpointing is no call.
-        add_parameters: Add the losses' parameters, such as projectors, to the first group of an optimizer that leaves
-            them out, as one made from ``self.model.parameters()`` does. Its learning rate, schedulers and other
-            settings are theirs then.
+        add_parameters: Whether an optimizer that leaves out the losses' parameters, such as projectors, and has several
+            groups, gets them in its first. An optimizer that has one, as made from ``self.model.parameters()``, gets
+            them there in any case. The group's learning rate, schedulers and other settings are theirs then.
 
     Raises:
         ValueError: At the start of ``fit``: for manual optimization (several optimizers, hence: Lightning itself
@@ -127,7 +129,7 @@ class Distillation(Callback):
             student, LogitsPlace(logits), teacher_inputs is None, self.objective.reads_logits, calls
         )
         self._batches = BatchReader(
-            or_default(task, None),
+            or_default(task, None, losses.values()),
             teacher_inputs,
             target,
             labels_needed=any(loss.needs_labels for loss in self.objective.named_losses().values()),
@@ -161,13 +163,16 @@ class Distillation(Callback):
         self._take_task(self._rehearsal.module)
         self._scoring.begin_fit()
         self._scoring.possible = check_first_step(pl_module, self._rehearsal, self._outputs, self.task_weight)
+        check_strategy(trainer.strategy, self.objective)
         check_averaging(trainer, self, self.objective)
         step = functools.partial(self._distilling_step, pl_module)
         self._undo.enter_context(attach(pl_module, self.objective, step))
 
     def _take_task(self, module: LightningModule) -> None:
         """Take the task that was given, or that of the student, which is known only now."""
-        task = or_default(self._given_task, self._outputs.network(module))
+        student = self._outputs.network(module)
+        self._outputs.student_kind = type(student)
+        task = or_default(self._given_task, student, self.objective.losses.values())
         if vars(task) != vars(self.task) or type(task) is not type(self.task):
             self._batches.task = task
             self._scoring.take_task()

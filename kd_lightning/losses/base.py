@@ -38,6 +38,8 @@ class DistillationLoss(nn.Module):
     over_classes = True
     """Whether it takes outputs for logits of classes that exclude each other, as a softmax does: of one output, and of
     several labels a sample, it would be constant or wrong."""
+    of_values = False
+    """Whether it takes outputs for values, as those of a regression are."""
     reads_logits = True
     """Whether it reads the networks' own outputs. Nothing is asked of these where no loss does."""
     takes_top_k = False

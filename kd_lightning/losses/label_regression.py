@@ -39,7 +39,7 @@ class LabelRegression(DistillationLoss):
         weight: Factor of the term.
     """
 
-    over_classes = False
+    over_classes, of_values = False, True
     needs_labels = True
     needs_teacher = False
 

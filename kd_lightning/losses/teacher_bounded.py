@@ -51,7 +51,7 @@ class TeacherBounded(DistillationLoss):
         weight: Factor of the term; ν in the paper.
     """
 
-    over_classes = False
+    over_classes, of_values = False, True
     needs_labels = True
 
     def __init__(self, margin: float = 0.0, weight: float = 0.5) -> None:

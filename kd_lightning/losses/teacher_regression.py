@@ -35,7 +35,7 @@ class TeacherRegression(DistillationLoss):
         weight: Factor of the term.
     """
 
-    over_classes = False
+    over_classes, of_values = False, True
 
     def __init__(self, form: Form = "mse", delta: float = 1.0, weight: float = 1.0) -> None:
         super().__init__(weight)

@@ -417,7 +417,7 @@ def test_what_cannot_work_is_refused_with_the_remedy() -> None:
         return self.missing(batch)
 
     def only_net(self):
-        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+        return torch.optim.SGD([{"params": [p]} for p in self.net.parameters()], lr=0.1)
 
     def two(self):
         return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
@@ -505,7 +505,7 @@ def test_labels_that_are_missing_for_a_loss_are_named() -> None:
         validation_step = LightningModule.validation_step
 
     module, callback = make(Triples(), losses={"hard_label": HardLabel()})
-    with pytest.raises(TypeError, match=r"got a list of 3: name the target with Distillation\(\.\.\., target=\)"):
+    with pytest.raises(TypeError, match=r"got a list of 3: name the target, such as Distillation\(\.\.\., target=1\)"):
         fit(module, callback, data=data)
     fit(*make(Triples(), losses={"hard_label": HardLabel()}, target=lambda batch: batch[1]), data=data)
     fit(*make(Triples(), losses={"kd": KD()}), data=data)  # needs no labels

@@ -158,15 +158,15 @@ def test_one_word_for_a_layer_and_another_part_of_the_output_is_refused() -> Non
 
 
 def test_what_is_refused_says_what_the_output_holds() -> None:
-    message = r"got a dict with 'hidden' \(2, 8\), 'prediction' \(2, 4\): name the part that they are with logits="
+    message = r"got a dict with 'hidden' \(2, 8\), 'scores' \(2, 4\): name the part that they are with logits="
     with pytest.raises(ValueError, match=message):
-        fit(as_dict, lambda out: out["prediction"])
+        fit(lambda z, h: {"hidden": h, "scores": z}, lambda out: out["scores"])
     with pytest.raises(ValueError, match=r"got a tuple with 0 \(2, 16\), 1 \(2, 4\): .* with teacher_logits="):
         fit(lambda z, h: z, lambda out: out, teacher_of(swapped))
     with pytest.raises(ValueError, match=r"(?s)no layer 'predicton'.*nearest: .*a Pair with 'prediction' \(2, 4\)"):
         fit(Pair, lambda out: out.prediction, logits="predicton")
-    with pytest.raises(ValueError, match=r"got a Slotted with 'prediction' \(2, 4\), 'hidden' \(2, 8\): name the part"):
-        fit(Slotted, lambda out: out.prediction)
+    with pytest.raises(ValueError, match=r"got a Slotted with 'prediction' \(2,\), 'hidden' \(2, 8\): name the part"):
+        fit(lambda z, h: Slotted(z.argmax(1), h), lambda out: out.hidden)
     with pytest.raises(ValueError, match=r"logits=2 is no part of a tuple with 0 \(2, 8\), 1 \(2, 4\): name one"):
         fit(swapped, lambda out: out[1], logits=2)
     with pytest.raises(ValueError, match=r"logits=0 is no part of a tensor \(2, 4\): leave logits= out"):

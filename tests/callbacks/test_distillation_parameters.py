@@ -42,6 +42,15 @@ class FromSelf(Ours):
     everything = True
 
 
+class OneGroup(Ours):
+    def configure_optimizers(self):
+        return torch.optim.AdamW((self if self.everything else self.net).parameters(), lr=0.01, weight_decay=0.3)
+
+
+class OneGroupFromSelf(OneGroup):
+    everything = True
+
+
 def fit(kind: type[Ours], ckpt_path: Any = None, callbacks: Any = (), epochs: int = 4, **options: Any) -> Any:
     teacher = good_teacher()
     seed_everything(0, verbose=False)
@@ -61,6 +70,13 @@ def test_they_are_trained_as_from_self_parameters() -> None:
     assert [{**g, "params": len(g["params"])} for g in groups] == [{**g, "params": len(g["params"])} for g in others]
 
 
+def test_a_single_group_gets_them_without_being_told() -> None:
+    found, it = fit(OneGroup)
+    expected, other = fit(OneGroupFromSelf)
+    assert_equal(found, expected)
+    assert [len(o.param_groups[0]["params"]) for o in (it.optimizers[0], other.optimizers[0])] == [8, 8]
+
+
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     expected, _ = fit(Ours, add_parameters=True)
     save = ModelCheckpoint(tmp_path, save_last=True)
@@ -72,8 +88,10 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_the_option_is_named_and_an_optimizer_that_cannot_take_them_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"leaves out \d parameters of the losses .*add_parameters=True"):
+    with pytest.raises(ValueError, match=r"leaves out \d parameters of the losses .*has 2 groups.*add_parameters=True"):
         fit(Ours)
-    with pytest.raises(ValueError, match=r"cannot add to Adagrad as it has made its state already.*from self.para"):
+    with pytest.raises(
+        ValueError, match=r"cannot be added to Adagrad as it has made its state already.*from self.para"
+    ):
         fit(type("WithState", (Ours,), {"optimizer": torch.optim.Adagrad}), add_parameters=True)
     fit(FromSelf, add_parameters=True)  # nothing is missing

@@ -82,21 +82,30 @@ def test_the_teachers_inputs_are_named_likewise_and_such_a_callback_can_be_pickl
 
 
 MISSED = {
-    "mask": (
-        lambda x, y: {"image": x, "mask": y},
-        lambda b: (b["image"], b["mask"]),
-        r"need labels, got none .* target=), a key, .* a dict with 'image' (8, 6), 'mask' (8,)",
+    "classes": (
+        lambda x, y: {"image": x, "weight": 1.0, "classes": y},
+        lambda b: (b["image"], b["classes"]),
+        r"need labels, got none .* such as Distillation(..., target='classes'), by a key, .* a dict with 'image'",
     ),
-    "three parts": (lambda x, y: (x, y, 0.0), lambda b: b[:2], r"got a list of 3: .*target=.* a list with 0 (8, 6), 1"),
+    "two that may be it": (
+        lambda x, y: {"image": x, "y": y, "targets": y},
+        lambda b: (b["image"], b["y"]),
+        r"need labels, got none .* such as Distillation(..., target='y'), by a key, .* a dict with 'image' (8, 6)",
+    ),
+    "three parts": (
+        lambda x, y: (x, y, 0.0),
+        lambda b: b[:2],
+        r"got a list of 3: .*target=1).* a list with 0 (8, 6), 1",
+    ),
     "pair": (
         lambda x, y: (x, (y, y)),
         lambda b: (b[0], b[1][0]),
-        r"the target is a list of Tensor, expected a tensor of class indices.*target=.* a list with 0 (8, 6), 1 (list)",
+        r"the target is a list of Tensor, expected a tensor of .*target=lambda batch: batch[1][0]).* a list with 0",
     ),
-    "one column": (
-        lambda x, y: (x, y[None]),
+    "two columns": (
+        lambda x, y: (x, y.expand(2)),
         lambda b: (b[0], b[1][:, 0]),
-        r"the target is int64 of shape (8, 1), expected class indices (N,) .*target.squeeze(1).*target=",
+        r"the target is int64 of shape (8, 2), expected class indices (N,) .*pass one class index for each.*target=",
     ),
     "twice as many": (
         lambda x, y: (x, y),
@@ -108,7 +117,7 @@ MISSED = {
 
 @pytest.mark.parametrize(("made", "read", "message"), MISSED.values(), ids=MISSED)
 def test_a_target_that_is_not_found_or_does_not_fit_is_explained(made: Any, read: Any, message: str) -> None:
-    pattern = re.sub(r"[()]", lambda m: "\\" + m[0], message)
+    pattern = re.sub(r"[()[\]]", lambda m: "\\" + m[0], message)
     with pytest.raises((ValueError, TypeError), match=pattern):
         fit(made, read)
     fit(made, read, {"kd": KD()})  # which reads none

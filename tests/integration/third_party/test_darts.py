@@ -10,7 +10,6 @@ from kd_lightning import Distillation
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.losses import Hint, TeacherRegression
 from kd_lightning.quantization import float_weights, quantized_share
-from kd_lightning.tasks import Regression
 from tests.third_party import Observer
 from tests.tiny import assert_equal, weights
 
@@ -45,8 +44,7 @@ def fit(folder: Path, width: int, *callbacks: Any) -> Any:
 
 def distillation(teacher: Any, **options: Any) -> Distillation:
     losses = {"kd": TeacherRegression(), "hint": Hint("encoders", "encoders")}
-    where = {"logits": "prediction", "teacher_logits": "prediction"}
-    return Distillation(teacher, losses, task=Regression(), **where, **options)
+    return Distillation(teacher, losses, **options)
 
 
 def test_it_is_distilled_saved_and_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

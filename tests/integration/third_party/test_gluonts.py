@@ -1,6 +1,7 @@
-"""gluonts' feed-forward estimator, trained by its own ``train_model``: ``pip install 'gluonts[torch]'``.
+"""gluonts' estimators, trained by their own ``train_model``: ``pip install 'gluonts[torch]'``.
 
-Its loaders have no length, and its optimizer is made from the network's parameters alone.
+Their loaders have no length, and their optimizers are made from the network's parameters alone. DeepAR's step never
+calls its network as a whole, whose ``forward`` draws samples: the teacher is called by what unrolls it.
 """
 
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_lightning import Distillation, load_student
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.losses import Hint, TeacherRegression
 from kd_lightning.quantization import quantized_share
-from kd_lightning.tasks import Regression
 from tests.third_party import Observer
 from tests.tiny import assert_equal, weights
 
@@ -27,7 +27,8 @@ pytest.importorskip("gluonts")
 pandas = pytest.importorskip("pandas")
 
 from gluonts.dataset.common import ListDataset  # noqa: E402
-from gluonts.torch import SimpleFeedForwardEstimator  # noqa: E402
+from gluonts.itertools import select  # noqa: E402
+from gluonts.torch import DeepAREstimator, SimpleFeedForwardEstimator  # noqa: E402
 
 
 def series() -> Any:
@@ -42,15 +43,16 @@ def distribution(output: Any) -> Tensor:
     return torch.stack(output[0], dim=-1)
 
 
-def fit(folder: Path, width: int, *callbacks: Any) -> Any:
+def fit(folder: Path, width: int, *callbacks: Any, kind: Any = SimpleFeedForwardEstimator) -> Any:
     settings = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
-    estimator = SimpleFeedForwardEstimator(
+    recurrent = kind is DeepAREstimator
+    estimator = kind(
         prediction_length=4,
         context_length=8,
-        hidden_dimensions=[width, width],
         batch_size=16,
         num_batches_per_epoch=3,
         trainer_kwargs={"callbacks": list(callbacks), "default_root_dir": str(folder), **settings},
+        **({"freq": "D", "hidden_size": width} if recurrent else {"hidden_dimensions": [width, width]}),
     )
     return estimator.train_model(series())
 
@@ -61,9 +63,6 @@ def distillation(teacher: Any, **options: Any) -> Distillation:
         {"kd": TeacherRegression(), "hint": Hint("nn", "nn")},
         student="model",
         logits=distribution,
-        teacher_logits=distribution,
-        task=Regression(),
-        add_parameters=True,
         **options,
     )
 
@@ -87,5 +86,51 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path, monkeypatch: pytest.M
     found = quantized_share(rounded.module.model)
     print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
     assert found.quantized / found.total > 0.9
+    (saved,) = (tmp_path / "rounded").rglob("*.ckpt")
+    fresh.load_state_dict(load_student(saved))
+
+
+class Unrolled(nn.Module):
+    """A trained DeepAR, as what gives the location of the distribution at each step, (B, steps, 1)."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.network.unroll_lagged_rnn(**inputs)[0][1][..., None]
+
+
+def test_a_network_that_is_only_called_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where loggers of theirs write
+    teacher = fit(tmp_path / "teacher", 32, kind=DeepAREstimator).trained_net
+    fresh = fit(tmp_path / "fresh", 16, kind=DeepAREstimator).trained_net
+
+    def unrolled(batch: Any) -> Any:
+        # As the step does it: the last value that is forecast is no input.
+        return {**select(teacher.inputs, batch), "future_target": batch["future_target"]}
+
+    def distillation(**options: Any) -> Distillation:
+        return Distillation(
+            Unrolled(teacher.model),
+            {"kd": TeacherRegression()},
+            student="model",
+            logits="param_proj.proj.1",
+            teacher_inputs=unrolled,
+            **options,
+        )
+
+    seen = Observer()
+    trained = fit(tmp_path / "student", 16, distillation(task_weight=0.0), seen, kind=DeepAREstimator)
+    seen.assert_trained_by("kd", student="model.")
+    seen.assert_clean(fresh)
+    assert len(list(trained.predictor.predict(series()))) == 6
+    fresh.load_state_dict(seen.module.state_dict())
+
+    rounded = Observer()
+    fit(tmp_path / "rounded", 16, distillation(), QuantizationAwareTraining(), rounded, kind=DeepAREstimator)
+    found = quantized_share(rounded.module.model)
+    print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
+    assert "LSTM" in found.in_float
     (saved,) = (tmp_path / "rounded").rglob("*.ckpt")
     fresh.load_state_dict(load_student(saved))

@@ -13,7 +13,6 @@ from kd_lightning import Distillation
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.losses import Hint, TeacherRegression
 from kd_lightning.quantization import float_weights, quantized_share
-from kd_lightning.tasks import Regression
 from tests.third_party import Observer
 from tests.tiny import assert_equal, weights
 
@@ -71,7 +70,7 @@ def test_it_is_distilled_saved_and_rounded(
 
     def distillation(**options: Any) -> Distillation:
         losses = {"kd": TeacherRegression(), "hint": Hint(layer, layer)}
-        return Distillation(teacher, losses, task=Regression(), **options)
+        return Distillation(teacher, losses, **options)
 
     forecast = fit(16, distillation(task_weight=0.0), Observer())
     seen = observer_in(forecast)

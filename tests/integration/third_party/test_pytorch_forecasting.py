@@ -12,7 +12,6 @@ from kd_lightning import Distillation, load_student
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.losses import Hint, TeacherRegression
 from kd_lightning.quantization import quantized_share
-from kd_lightning.tasks import Regression
 from tests.third_party import Observer
 from tests.tiny import assert_equal, trainer, weights
 
@@ -66,8 +65,7 @@ def test_it_is_distilled_saved_and_rounded(
 
     def fit(folder: Path, *further: Any, **options: Any) -> Observer:
         losses = {"kd": TeacherRegression(), "hint": Hint(layer, layer)}
-        where = {"logits": "prediction", "teacher_logits": "prediction"}
-        callback = Distillation(made(large), losses, task=Regression(), **where, **options)
+        callback = Distillation(made(large), losses, **options)
         seen, saving = Observer(), ModelCheckpoint(folder, "last", enable_version_counter=False)
         settings = {"limit_train_batches": 3, "limit_val_batches": 1, "log_every_n_steps": 1}
         it = trainer(callbacks=[callback, *further, seen, saving], enable_checkpointing=True, **settings)

@@ -83,7 +83,6 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path) -> None:
             target=next_items,
             task=LanguageModelling(shift=False),
             check_teacher=False,
-            add_parameters=True,
             **options,
         )
         seen, saving = Observer(), ModelCheckpoint(folder, "last", enable_version_counter=False)

@@ -1,7 +1,7 @@
-"""scvi-tools' variational autoencoder of single cells, trained by its own ``SCVI.train``: ``pip install scvi-tools``.
+"""scvi-tools' variational autoencoder of single cells, and its classifier: ``pip install scvi-tools``.
 
-What is distilled is the profile that is decoded, each gene's share of a cell's counts: probabilities, so that their
-logarithms are logits. Its optimizer is made from the network's parameters alone.
+Of the first, trained by its own ``SCVI.train``, the profile is distilled that is decoded, each gene's share of a cell's
+counts: probabilities, so that their logarithms are logits. Their optimizers are made from the networks' parameters.
 """
 
 from pathlib import Path
@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import seed_everything
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from kd_lightning import Distillation
 from kd_lightning.callbacks import QuantizationAwareTraining
-from kd_lightning.losses import KD, Hint
+from kd_lightning.losses import KD, HardLabel, Hint
 from kd_lightning.quantization import float_weights, quantized_share
 from tests.third_party import Observer
-from tests.tiny import assert_equal, weights
+from tests.tiny import assert_equal, trainer, weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,8 +55,6 @@ def distillation(teacher: Any, **options: Any) -> Distillation:
         {"kd": KD(), "hint": Hint("z_encoder.encoder", "z_encoder.encoder")},
         student="module",
         logits=profile,
-        teacher_logits=profile,
-        add_parameters=True,
         **options,
     )
 
@@ -78,3 +79,34 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path, monkeypatch: pytest.M
     print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
     assert found.quantized / found.total > 0.7
     fresh.module.load_state_dict(float_weights(rounded.module.state_dict()))
+
+
+def test_a_classifier_of_cells() -> None:
+    random = torch.Generator().manual_seed(0)
+    counts, kinds = torch.poisson(torch.full((96, 20), 2.0), generator=random), torch.arange(96) % 3
+    rows = [{"X": x, "labels": y[None]} for x, y in zip(counts, kinds, strict=True)]  # a column, as theirs are
+
+    def plan(width: int) -> Any:
+        seed_everything(0, verbose=False)
+        return scvi.train.ClassifierTrainingPlan(scvi.module.Classifier(20, width, n_labels=3, logits=True))
+
+    def fit(*callbacks: Any, **options: Any) -> Observer:
+        layer = "classifier.0"
+        losses = {"kd": KD(temperature=2.0), "hard_label": HardLabel(), "hint": Hint(layer, layer)}
+        callback = Distillation(plan(32).module, losses, student="module", check_teacher=False, **options)
+        seen = Observer()
+        data = DataLoader(rows, batch_size=32)
+        trainer(callbacks=[callback, *callbacks, seen], log_every_n_steps=1).fit(plan(16), data, data)
+        return seen
+
+    seen = fit(task_weight=0.0)
+    seen.assert_trained_by("kd", "hard_label", "hint", student="module.")
+    assert {"val/agreement", "val/teacher_acc"} <= set(seen.logged)
+    seen.assert_clean(plan(16))
+    plan(16).load_state_dict(seen.module.state_dict())
+
+    rounded = fit(QuantizationAwareTraining())
+    found = quantized_share(rounded.module.module)
+    print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
+    assert found.quantized / found.total > 0.7
+    plan(16).load_state_dict(float_weights(rounded.module.state_dict()))
