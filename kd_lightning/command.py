@@ -15,9 +15,7 @@ from kd_lightning.records import Verdict
 from kd_lightning.report.verdict_json import text_of
 from kd_lightning.report.words import say
 from kd_lightning.tracking.calls import without_credentials
-from kd_lightning.tracking.logger import store_uri
-from kd_lightning.tracking.runs import is_rank_zero
-from kd_lightning.tracking.store import check_store
+from kd_lightning.tracking.store import store_uri
 
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
@@ -42,8 +40,6 @@ def run(
         job = pipeline(config, experiment, overrides)
         if quiet or as_json:
             job.console = Console(quiet=True)
-        if config.logger and is_rank_zero():
-            check_store(store_uri(config.logger.get("tracking_uri")))
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there, too
             verdict = job.run()
     except Exception as error:

@@ -208,7 +208,7 @@ def test_the_logger_takes_what_either_trainer_says(pl: ModuleType, tmp_path: Pat
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     assert isinstance(logger, pl.loggers.Logger)
     fit(pl, existing(pl), [distillation(), saving(pl, tmp_path)], logger=logger, log_every_n_steps=1)
-    assert logger.delivery.flush(30)
+    assert logger.shipper.flush(30)
     run = logger.experiment.get_run(logger.run_id)
     assert {"train/loss/kd", "val/agreement"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"

@@ -1,4 +1,4 @@
-"""What stays of a stage on disk, whole or known not to be; the run that it was logged to; who is at work on it.
+"""What stays of a stage on disk, whole or known not to be; who is at work on it.
 
 A stage is one training, or quantisation, of one network with one seed, and the test of what came out.
 """
@@ -29,7 +29,7 @@ from kd_lightning.tracking.runs import is_rank_zero
 
 LAST = "last.ckpt"
 _WEIGHTS, _PREDICTIONS, _FILE, _RESULT = "final.ckpt", "predictions.npz", "model.onnx", "result.json"
-_RUN_ID, _LOCK, _OWNER = "run_id", "lock", "owner"
+_LOCK, _OWNER = "lock", "owner"
 _POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
@@ -55,16 +55,6 @@ class StageFolder:
     def file(self) -> Path:
         """Of what is served: quantised, or in fp32 where that was asked for."""
         return self.path / _FILE
-
-    @property
-    def run_id(self) -> str | None:
-        """Of the tracking run that this stage was logged to, if it was begun before."""
-        return read_run_id(self.path, self.fingerprint)
-
-    def remember(self, run_id: str | None) -> None:
-        """Note the tracking run."""
-        if run_id is not None:
-            write_run_id(self.path, run_id, self.fingerprint)
 
     def last_checkpoint(self) -> Path | None:
         """Return the checkpoint of an interrupted training, if there is one that is whole, and of this stage."""
@@ -209,7 +199,7 @@ class FinishedStage:
     architecture: Callable[[], nn.Module]
     """Makes the network as it was trained: the training's, but for a loss that changes the student's architecture."""
     run_id: str | None = None
-    """The tracking run to which this command logs it."""
+    """The key of the run to which this command logs it."""
 
     def network(self) -> nn.Module:
         """Make the trained network anew, on the CPU."""
@@ -240,34 +230,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_atomically(Path(path), content.getvalue())
-
-
-def read_run_id(folder: Path, of: str) -> str | None:
-    """Return the tracking run that was noted in a folder; None where there is none, or it is of something else.
-
-    Args:
-        folder: Of a stage or a pipeline.
-        of: Its fingerprint.
-    """
-    file = folder / _RUN_ID
-    if not file.is_file():
-        return None
-    try:
-        content = unseal(file.read_bytes())
-        if content["of"] != of:
-            raise ValueError("it is of another folder")
-    except (ValueError, OSError) as error:
-        _log.warning("%s is damaged: %s; a new run is begun", file, error)
-        return None
-    return str(content["run_id"])
-
-
-def write_run_id(folder: Path, run_id: str, of: str) -> None:
-    write_atomically(folder / _RUN_ID, seal({"run_id": run_id, "of": of}).encode())
-
-
-def remove_run_id(folder: Path) -> None:
-    (folder / _RUN_ID).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -5,9 +5,9 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from kd_lightning.data.contract import Data, make_data
 from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
 from kd_lightning.pipeline.compare import against_teacher, compare
-from kd_lightning.pipeline.folder import FinishedStage, held_if_free, read_run_id, remove_run_id, write_run_id
+from kd_lightning.pipeline.folder import FinishedStage, held_if_free
 from kd_lightning.pipeline.measure import NAMES, measure, measure_files, measure_writing
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
@@ -50,7 +50,7 @@ class Pipeline:
         to_store: Trainings for whose samples the teacher's outputs are stored, once it is trained.
         quantized: How they are quantised; None for nothing. With it, files are timed in ONNX Runtime in place of
             networks in PyTorch.
-        make_logger: Makes a run's logger; None to log nothing.
+        make_logger: Makes a run's logger; None to keep its journal alone.
         console: Where progress and verdict are printed.
         verdict: Whether to compare at the end.
         reference: Label of the distilled model with which the others are compared; None for no such table.
@@ -120,10 +120,8 @@ class Pipeline:
         folder = self.work_dir / f"pipeline-{self._fingerprint()[:12]}"
         # Where another process runs the very same pipeline, this one has a parent run of its own.
         with held_if_free(folder) if is_rank_zero() else nullcontext(False) as alone:
-            # The marker is there while the pipeline is under way, and until the store has all of it.
-            known = read_run_id(folder, self._fingerprint()) if alone else None
-            note = partial(write_run_id, folder, of=self._fingerprint()) if alone else None
-            tracking = Tracking(self.make_logger, self.name, self.config, known, note)
+            own = folder if alone else folder.with_name(f"{folder.name}-{uuid4().hex[:8]}")
+            tracking = Tracking(self.make_logger, self.name, self.config, own)
             try:
                 finished = self._run_stages(tracking)
                 if not is_rank_zero():
@@ -133,8 +131,7 @@ class Pipeline:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
                 tracking.close("KILLED" if interrupted else "FAILED")
                 raise
-            if tracking.close("FINISHED") and alone:
-                remove_run_id(folder)
+            tracking.close("FINISHED")
             return verdict
 
     def _trainings(self) -> list[Training]:
@@ -176,12 +173,12 @@ class Pipeline:
             training,
             finished.get(training.taught_by or ""),
             self.work_dir,
-            lambda run_id, known: tracking.logger(training.name, tags, training.config, run_id, known),
+            lambda folder: tracking.logger(training.name, tags, training.config, folder),
             [progress],
             judge=finished.get("teacher"),
         )
         if stage.reused:
-            tracking.reused(training.name, tags, training.config, stage.folder.run_id, stage.folder.remember)
+            tracking.reused(training.name, tags, training.config, stage.folder.path)
         run_id = tracking.runs.get(training.name)
         stage = replace(stage, run_id=run_id)  # variants may share a name
         if not stage.reused:

@@ -51,7 +51,7 @@ def run_stage(
     training: Training,
     teacher: FinishedStage | None,
     stages: Path,
-    make_logger: Callable[[str | None, Callable[[str | None], None]], Any],
+    make_logger: Callable[[Path], Logger | None],
     callbacks: list[Callback],
     judge: FinishedStage | None = None,
 ) -> FinishedStage:
@@ -63,8 +63,8 @@ def run_stage(
         training: What to train.
         teacher: The model that teaches it, already finished.
         stages: Folder of all stages.
-        make_logger: Given the id of the run that an earlier attempt was logged to, or None, and what is to be called
-            with this attempt's. Not called for a stage that is reused.
+        make_logger: Given the stage's folder, in which an earlier attempt may have left its journal. Not called for a
+            stage that is reused.
         callbacks: Of the caller, such as a progress display.
         judge: The teacher by whose answers it is judged, for a task whose test units have no labels, or with whose
             outputs its own are compared.
@@ -80,7 +80,7 @@ def run_stage(
         if agreed(result is not None):
             assert result is not None
             return finished(result=result, reused=True)
-        logger = make_logger(folder.run_id, folder.remember)
+        logger = make_logger(folder.path)
         answers = judge.answers() if judge is not None and training.is_judged_by_teacher else None
         beside = judge if training.is_beside_teacher else None
         _make(training, data, teacher, folder, logger, callbacks, answers, beside)

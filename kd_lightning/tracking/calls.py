@@ -12,6 +12,7 @@ REQUEST_SECONDS = 30
 """After which a request that is not answered has failed."""
 
 _T = TypeVar("_T")
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _lock = threading.Lock()
 _in_use: Counter[str] = Counter()
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
@@ -53,7 +54,7 @@ def bounded_requests(upload: bool = False) -> Iterator[None]:
     """
     settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     if not upload:
-        settings["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(REQUEST_SECONDS)
+        settings[_TIMEOUT] = str(REQUEST_SECONDS)
     with _lock:
         ours = [name for name in settings if _in_use[name] or name not in os.environ]
         for name in ours:
@@ -67,6 +68,24 @@ def bounded_requests(upload: bool = False) -> Iterator[None]:
                 _in_use[name] -= 1
                 if not _in_use[name]:
                     os.environ.pop(name, None)
+
+
+def seconds_set_by_user(otherwise: float) -> float:
+    """Return how long the user lets a request take, by MLflow's setting."""
+    with _lock:
+        return float(otherwise if _in_use[_TIMEOUT] else os.environ.get(_TIMEOUT) or otherwise)
+
+
+class StoreAwayError(ConnectionError):
+    """A store cannot be used now, and may be back by itself.
+
+    Attributes:
+        what: What was found, without the remedy.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what}{remedy}")
+        self.what = what
 
 
 def is_refusal(error: BaseException, attempts: int) -> bool:

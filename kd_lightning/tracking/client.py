@@ -1,30 +1,35 @@
 """MLflow's client, whose writes to a run wait for nobody. Imports MLflow: itself only where that is wanted."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from kd_lightning.tracking.delivery import Delivery, delivery_to
+from kd_lightning.tracking.journal import Journal
 
 
-class BackgroundClient(MlflowClient):
-    """Takes what is logged to a run and returns at once; see :class:`Delivery` for what becomes of it.
+class JournalClient(MlflowClient):
+    """Writes what is logged to a run into its journal.
 
-    ``log_text``, ``log_dict``, ``log_figure`` and the like end in ``log_artifact``. What reads (``get_run``) or makes
-    something (``create_run``) goes to the store at once, as in MLflow's own client.
+    ``log_text``, ``log_dict``, ``log_figure`` and the like end in ``log_artifact``. What reads (``get_run``), makes
+    something (``create_run``) or is of another run goes to the store at once, as in MLflow's own client.
+
+    Args:
+        uri: The store's address; it is not asked before something is read.
+        journal_of: Returns the journal of a run, given its id; None for another's.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
-        super().__init__(tracking_uri)
-        self._uri = tracking_uri
+    def __init__(self, uri: str, journal_of: Callable[[str], Journal | None]) -> None:
+        self._uri, self._journal_of = uri, journal_of
 
-    @property
-    def delivery(self) -> Delivery:
-        return delivery_to(self._uri)
+    def __getattr__(self, name: str) -> Any:
+        """Become MLflow's client when one of its attributes is asked for: that opens a database."""
+        if name.startswith("__") or not self.__dict__ or "_tracking_client" in self.__dict__:
+            raise AttributeError(name)
+        super().__init__(self._uri)
+        return getattr(self, name)
 
     def log_batch(
         self,
@@ -34,12 +39,16 @@ class BackgroundClient(MlflowClient):
         tags: Sequence[RunTag] = (),
         synchronous: bool | None = None,
     ) -> None:
-        if params or tags:
-            self.delivery.call(
-                run_id, lambda client, known: client.log_batch(known, params=params, tags=tags, synchronous=True)
-            )
-        if metrics:
-            self.delivery.metrics(run_id, metrics)
+        journal = self._journal_of(run_id)
+        if journal is None:
+            super().log_batch(run_id, metrics, params, tags, synchronous)
+            return
+        if params:
+            journal.write("params", values={param.key: str(param.value) for param in params})
+        if tags:
+            journal.write("tags", values={tag.key: str(tag.value) for tag in tags})
+        for metric in metrics:
+            journal.metrics({metric.key: metric.value}, metric.step, metric.timestamp)
 
     def log_metric(
         self,
@@ -53,33 +62,46 @@ class BackgroundClient(MlflowClient):
         dataset_digest: str | None = None,
         model_id: str | None = None,
     ) -> None:
-        value, timestamp = float(value), now() if timestamp is None else timestamp
         about = {"dataset_name": dataset_name, "dataset_digest": dataset_digest, "model_id": model_id}
-        if any(about.values()):
-            self.delivery.call(
-                run_id, lambda client, known: client.log_metric(known, key, value, timestamp, step, True, **about)
-            )
+        journal = self._journal_of(run_id)
+        if journal is None:
+            super().log_metric(run_id, key, value, timestamp, step, synchronous, **about)
         else:
-            self.delivery.metrics(run_id, [Metric(key, value, timestamp, step or 0)])
+            journal.metrics({key: value}, step, timestamp, **{name: of for name, of in about.items() if of})
 
     def log_param(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> Any:
-        self.delivery.call(run_id, lambda client, known: client.log_param(known, key, value, True))
+        journal = self._journal_of(run_id)
+        if journal is None:
+            return super().log_param(run_id, key, value, synchronous)
+        journal.write("params", values={key: str(value)})
         return value
 
     def set_tag(self, run_id: str, key: str, value: Any, synchronous: bool | None = None) -> None:
-        self.delivery.call(run_id, lambda client, known: client.set_tag(known, key, value, True))
+        journal = self._journal_of(run_id)
+        if journal is None:
+            super().set_tag(run_id, key, value, synchronous)
+        else:
+            journal.write("tags", values={key: str(value)})
 
     def set_terminated(self, run_id: str, status: str | None = None, end_time: int | None = None) -> None:
-        end = now() if end_time is None else end_time
-        self.delivery.call(run_id, lambda client, known: client.set_terminated(known, status, end))
+        journal = self._journal_of(run_id)
+        if journal is None:
+            super().set_terminated(run_id, status, end_time)
+        else:
+            journal.end(status or "FINISHED", end_time)
 
     def log_artifact(self, run_id: str, local_path: Any, artifact_path: str | None = None) -> None:
-        self.delivery.file(run_id, Path(local_path), artifact_path)
+        journal, path = self._journal_of(run_id), Path(local_path)
+        if journal is None:
+            super().log_artifact(run_id, local_path, artifact_path)
+        elif path.is_dir():
+            journal.artifact(path, f"{artifact_path}/{path.name}" if artifact_path else path.name, copy=True)
+        else:
+            journal.artifact(path, artifact_path, copy=True)
 
     def log_artifacts(self, run_id: str, local_dir: Any, artifact_path: str | None = None) -> None:
-        self.delivery.file(run_id, Path(local_dir), artifact_path, contents=True)
-
-
-def now() -> int:
-    """Return the time in milliseconds since 1970, as MLflow counts it."""
-    return int(time.time() * 1000)
+        journal = self._journal_of(run_id)
+        if journal is None:
+            super().log_artifacts(run_id, local_dir, artifact_path)
+        else:
+            journal.artifact(Path(local_dir), artifact_path, copy=True)

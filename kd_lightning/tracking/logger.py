@@ -1,39 +1,44 @@
-"""Lightning's MLflow logger, on a local SQLite store unless told otherwise."""
+"""Lightning's MLflow logger, with a journal of its own, on a local SQLite store unless told otherwise."""
 
 import logging
 import os
 import re
-import time
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import loggers
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from kd_lightning.durable_files import remove_leftovers, temporary_suffix
 from kd_lightning.namespaces import of_both
-from kd_lightning.tracking.calls import REQUEST_SECONDS, within
-from kd_lightning.tracking.delivery import PATIENCE, Delivery, delivery_to
-from kd_lightning.tracking.opening import OpenRun, new_key
-from kd_lightning.tracking.sqlite import create_database, sqlite_file
-from kd_lightning.tracking.store import check_store, one_line_errors, plain_client
+from kd_lightning.tracking.calls import REQUEST_SECONDS, StoreAwayError, within
+from kd_lightning.tracking.journal import JOURNAL, Journal, last_begin
+from kd_lightning.tracking.shipper import PATIENCE, Shipper, shipper_to
+from kd_lightning.tracking.shipping import Shipment
+from kd_lightning.tracking.sqlite import check_database, create_database, sqlite_file
+from kd_lightning.tracking.store import check_store, one_line_errors, plain_client, store_name, store_uri
 
 _log = logging.getLogger(__name__)
-LOCAL_STORE = "sqlite:///mlruns/mlflow.db"
 
 
 class MLFlowLogger(loggers.MLFlowLogger):
     """Log to ``mlruns/mlflow.db`` in the working directory, or where ``MLFLOW_TRACKING_URI`` or the argument say.
 
-    The store is asked once, when the training begins. From then on it stops and delays nothing: what is logged, also
-    through ``logger.experiment``, goes to it in the background (:class:`~kd_lightning.tracking.delivery.Delivery`). A
-    store that goes away is said once, and gets what it has missed when it is back. The end of the training waits until
-    all is delivered, or for ``patience`` seconds in which nothing can be.
+    What is logged, also through ``logger.experiment``, goes into the run's journal first, and from there to the store
+    in the background (:class:`~kd_lightning.tracking.shipper.Shipper`): a store that is away, from the start or later,
+    stops and delays nothing. It is said once, and the store gets what it has missed when it is back. The end of the
+    training waits until it has all, or for ``patience`` seconds in which nothing can be shipped; the rest is shipped by
+    ``kd-lightning-sync``, or by the next training that logs there.
+
+    The journal is ``journals/<key>/journal.jsonl`` beside a SQLite store, or in ``mlruns`` for a server; a stage of the
+    pipeline has it in its own folder.
 
     Args:
         experiment_name: The MLflow experiment; created where it does not exist.
@@ -45,11 +50,14 @@ class MLFlowLogger(loggers.MLFlowLogger):
         log_model: See Lightning's ``MLFlowLogger``.
         prefix: Before each metric's name.
         patience: Seconds.
+        offline: Writes the journal alone, and asks no store.
+        required: Refuses to begin where the store is away.
 
     Raises:
-        ValueError: For an experiment without a name.
-        OSError: When the folder of a SQLite store cannot be written to, or its database is damaged or locked; before
-            anything is trained. On first use (``Trainer.fit`` begins): when the store does not answer.
+        ValueError: For an experiment without a name, and for ``offline`` with ``required``.
+        OSError: When the folder of a SQLite store cannot be written to, or its database is damaged, before anything is
+            trained: neither heals by itself, and a user has to choose. One that is locked is away, as a server may be.
+            On first use (``Trainer.fit`` begins), with ``required``: when the store does not answer.
     """
 
     def __init__(
@@ -63,48 +71,61 @@ class MLFlowLogger(loggers.MLFlowLogger):
         log_model: bool | Literal["all"] = False,
         prefix: str = "",
         patience: float = PATIENCE,
+        offline: bool = False,
+        required: bool = False,
     ) -> None:
         if not experiment_name:
             raise ValueError(f"expected experiment_name to be a name, got {experiment_name!r}: leave it out")
+        if offline and required:
+            raise ValueError("expected offline or required, got both: a store that is not asked cannot be required")
         _register()
         uri = store_uri(tracking_uri)
         file = sqlite_file(uri)
         if file is not None:
             _check_writable_once(file.parent.absolute())
-            artifact_location = artifact_location or (file.parent / "artifacts").absolute().as_uri()
-        if not uri.startswith(("http:", "https:")):  # a database is opened here, a server on first use
-            _check_store_once(uri if file is None else f"sqlite:///{file.absolute()}")
-        if file is not None:
-            create_database(file)
+            if not offline:
+                _check_database_once(file.absolute())
+                create_database(file)
         with one_line_errors(uri):
             super().__init__(
                 experiment_name=experiment_name,
                 run_name=run_name,
-                tracking_uri=uri,
+                tracking_uri="http://localhost",  # Lightning's own client, which is not used, would open a database
                 tags={key: str(value) for key, value in tags.items()} if tags else None,  # a server takes nothing else
                 run_id=run_id,
                 artifact_location=artifact_location,
                 log_model=log_model,
                 prefix=prefix,
             )
-            from kd_lightning.tracking.client import BackgroundClient
+            from kd_lightning.tracking.client import JournalClient
 
-            self._mlflow_client = BackgroundClient(uri)
-        self.tracking_uri = uri
-        self.patience = patience
+            self._mlflow_client = JournalClient(uri, self._journal_of)
+        self._tracking_uri = self.tracking_uri = uri
+        self.patience, self.offline, self.required = patience, offline, required
+        self._journal: Journal | None = None
+        self._lasts = False
+        self._shipment: Shipment | None = None
+        self._metric_names: dict[str, str] = {}
 
     @property
-    def delivery(self) -> Delivery:
-        """The queue of what is logged."""
-        return delivery_to(self._tracking_uri)
+    def shipper(self) -> Shipper:
+        """What feeds the store."""
+        return shipper_to(self._tracking_uri)
+
+    @property
+    def journal(self) -> Journal:
+        """Of the run."""
+        _ = self.experiment
+        assert self._journal is not None
+        return self._journal
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """MLflow's client; what it logs waits for nobody. The first access makes the run, or finds it.
+        """MLflow's client; what it logs waits for nobody. The first access begins the run, or goes on with it.
 
         Raises:
-            OSError: At the first access, when the store does not answer.
+            OSError: At the first access, when the store does not answer and is required.
             ValueError: When the store has no such run, or the experiment was deleted.
         """
         if not self._initialized:
@@ -113,52 +134,84 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     def begin(
         self,
-        goes_on: Callable[[Any], bool] | None = None,
+        folder: Path | None = None,
         params: Mapping[str, str] | None = None,
-        known: Callable[[str], object] | None = None,
+        parent: str | None = None,
+        curves: Path | None = None,
+        wait: bool = True,
+        lasts: bool = False,
     ) -> None:
-        """Make the run, or find it, and wait for that.
+        """Begin the run, or go on with it.
 
         Args:
-            goes_on: Given the run of ``run_id``: whether to go on with it. By default it has to be there.
+            folder: Of the journal; one that is there is gone on with.
             params: Of a run that has none yet.
-            known: Called with what finds the run again, given as ``run_id``: a key before it is made, then its id.
+            parent: The key of the run under which it stands.
+            curves: Folder of another run's journal, whose numbers a new run takes over.
+            wait: For the store to have the run, or to be away. Without it, this is done in the background.
+            lasts: Whether it goes on after the training, so that :meth:`finalize` does not close it.
+
+        Raises:
+            filelock.Timeout: When another process goes on with the run of that folder.
         """
-        check_store(self._tracking_uri)
-        opening = self._opening(goes_on, params, known)
-        with one_line_errors(self._tracking_uri):
-            run = within(REQUEST_SECONDS, lambda: opening(plain_client(self._tracking_uri), new_key(), False))
-        self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
-        self._opened()
+        wait = wait and not self.offline and self._answers(lambda: check_store(self._tracking_uri))
+        root, given = self._root(), self._run_id
+        if folder is None:
+            folder = root / (given if given and (root / given / JOURNAL).is_file() else uuid4().hex)
+        journal = Journal(folder)
+        is_new = last_begin(folder) is None
+        journal.begin(
+            key=folder.name if folder.parent == root else None,
+            curves=curves,
+            experiment=self._experiment_name,
+            name=self._run_name,
+            tags=self.tags or {},
+            context=_context(),
+            params=dict(params or {}),
+            parent=parent,
+            store=store_name(self._tracking_uri, folder),
+            artifact_location=self._artifact_location,
+            run_id=given if is_new else None,
+        )
+        if not self.offline:
+            if wait:
+                try:
+                    self._answers(lambda: self._make_run(journal))
+                except (ValueError, OSError):
+                    journal.close()
+                    if is_new:
+                        shutil.rmtree(folder)
+                    raise
+            self._shipment = self.shipper.add(journal)
+            if parent is None:
+                self.shipper.adopt(folder.parent)
+            import mlflow
 
-    def begin_in_background(
-        self,
-        goes_on: Callable[[Any], bool],
-        params: Mapping[str, str],
-        known: Callable[[str], object] | None = None,
-    ) -> None:
-        """Like :meth:`begin`, without waiting: for a run while a training is under way.
-
-        Args:
-            goes_on: As there.
-            params: As there.
-            known: As there.
-        """
-        opening, self._run_id = self._opening(goes_on, params, known), new_key()
-
-        def make(client: Any, key: str, again: bool) -> str:
-            run = opening(client, key, again)
-            self._experiment_id = run.info.experiment_id
-            return str(run.info.run_id)
-
-        self.delivery.begin_run(self._run_id, make)
-        self._opened()
+            mlflow.set_tracking_uri(self._tracking_uri)  # as Lightning's logger does
+        self._initialized, self._run_id, self._journal, self._lasts = True, journal.key, journal, lasts
 
     @property
     def run_id(self) -> str | None:
-        """The run's id; a name that stands for it while the store has not answered yet."""
+        """The run's id; its journal's key as long as the store has not given it one."""
         _ = self.experiment
-        return self.delivery.id_of(self._run_id) if self._run_id is not None else None
+        return self._shipment.run_id if self._shipment and self._shipment.run_id else self._run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        """The experiment's id; None as long as the store has not given it one."""
+        _ = self.experiment
+        return self._shipment.experiment_id if self._shipment else None
+
+    @property
+    def name(self) -> str | None:
+        """The experiment's id, or its name as long as it has none."""
+        return self.experiment_id or self._experiment_name
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers of a step."""
+        numbers = {self._metric_name(name): value for name, value in metrics.items() if not isinstance(value, str)}
+        self.journal.metrics(numbers, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
@@ -167,38 +220,72 @@ class MLFlowLogger(loggers.MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Close the run, and wait for what is not delivered yet, but not for a store that is away."""
+        """Close the run, and wait for what is not shipped yet, but not for a store that is away."""
         if not self._initialized:
             return
         if self._checkpoint_callback is not None:
             self._scan_and_log_checkpoints(self._checkpoint_callback)
-        self.experiment.set_terminated(self._run_id, "FAILED" if status == "failed" else "FINISHED")
-        if self.patience > 0 and not self.delivery.flush(self.patience):
-            _log.warning("%s; the training itself is complete", self.delivery.undelivered())
+        if self._lasts:
+            return
+        self.journal.end("FAILED" if status == "failed" else "FINISHED")
+        self.journal.sync()
+        if self.patience > 0 and not self.offline and not self.shipper.flush(self.patience):
+            _log.warning(
+                "%s: they are kept in %s, and shipped by kd-lightning-sync %s; the training itself is complete",
+                self.shipper.undelivered(),
+                self.journal.folder,
+                self.journal.folder,
+            )
 
-    def _opening(
-        self,
-        goes_on: Callable[[Any], bool] | None,
-        params: Mapping[str, str] | None,
-        known: Callable[[str], object] | None,
-    ) -> OpenRun:
-        return OpenRun(
-            experiment=self._experiment_name,
-            artifact_location=self._artifact_location,
-            run_name=self._run_name,
-            tags=self.tags or {},
-            run_id=self._run_id,
-            goes_on=goes_on,
-            params=params or {},
-            known=known,
-            start=int(time.time() * 1000),
-        )
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Have the disk keep what was logged before a checkpoint from which a training may go on."""
+        if self._initialized:
+            self.journal.hurry()
+        super().after_save_checkpoint(checkpoint_callback)
 
-    def _opened(self) -> None:
-        import mlflow
+    def _answers(self, ask: Callable[[], object]) -> bool:
+        """Tell whether the store can be used; a line says where it is away.
 
-        mlflow.set_tracking_uri(self._tracking_uri)  # as Lightning's logger does
-        self._initialized = True
+        Raises:
+            OSError: Where it is away and required.
+        """
+        try:
+            ask()
+        except StoreAwayError as error:
+            if self.required:
+                raise
+            self.shipper.is_away(error.what)
+            return False
+        return True
+
+    def _make_run(self, journal: Journal) -> None:
+        """Let the store have the run before the training begins."""
+        journal.sync()
+        shipment = Shipment(journal.folder, self._tracking_uri)
+        try:
+            with one_line_errors(self._tracking_uri):
+                within(REQUEST_SECONDS, lambda: shipment.advance(lambda: plain_client(self._tracking_uri)))
+        except StoreAwayError as error:
+            if shipment.refused:
+                raise ValueError(str(error)) from None
+            raise
+
+    def _root(self) -> Path:
+        """Return the folder of journals that have no other place."""
+        file = sqlite_file(self._tracking_uri)
+        return (Path("mlruns") if file is None else file.parent).absolute() / "journals"
+
+    def _journal_of(self, run_id: str) -> Journal | None:
+        return self._journal if run_id in (self._run_id, self.run_id) else None
+
+    def _metric_name(self, name: str) -> str:
+        if name not in self._metric_names:
+            whole = f"{self._prefix}{self.LOGGER_JOIN_CHAR}{name}" if self._prefix else name
+            self._metric_names[name] = taken = re.sub(r"[^a-zA-Z0-9_/. -]+", "", whole)
+            if taken != whole:
+                rank_zero_warn(f"MLflow takes no metric of the name {whole!r}: it is logged as {taken!r}")
+        return self._metric_names[name]
 
 
 def _register() -> None:
@@ -208,11 +295,6 @@ def _register() -> None:
 
 
 _register()
-
-
-def store_uri(tracking_uri: str | None = None) -> str:
-    """Return where runs go: the argument, the environment's ``MLFLOW_TRACKING_URI``, or the local store."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
 
 
 def safe_name(name: str) -> str:
@@ -261,9 +343,18 @@ def check_writable(folder: Path, megabytes: int = 64, name: str = "") -> None:
 
 
 @cache
-def _check_store_once(uri: str) -> None:
-    """Check a database for the first of a process's loggers, likewise."""
-    check_store(uri)
+def _context() -> dict[str, str]:
+    """Return who runs what: user, program, commit."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    return dict(resolve_tags({}))
+
+
+@cache
+def _check_database_once(file: Path) -> None:
+    """Refuse a damaged database for the first of a process's loggers; one that is locked is away, as a server is."""
+    with suppress(StoreAwayError):
+        check_database(file)
 
 
 @cache

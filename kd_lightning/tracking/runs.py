@@ -1,18 +1,24 @@
-"""A pipeline's runs in MLflow: one parent, and a child for each stage and seed."""
+"""A pipeline's runs: one parent, and a child for each stage and seed. Each has its journal, with MLflow or without."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
+from filelock import Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from kd_lightning.tracking.calls import without_credentials
-from kd_lightning.tracking.delivery import PATIENCE
+from kd_lightning.tracking.journal import is_ended, last_begin, own_begin
+from kd_lightning.tracking.journal_logger import JournalLogger
 from kd_lightning.tracking.logger import MLFlowLogger, safe_name
+from kd_lightning.tracking.shipper import PATIENCE, Shipper
+from kd_lightning.tracking.shipping import is_shipped, remove
 
 _PATIENCE_WHEN_INTERRUPTED = 4.0
 _log = logging.getLogger(__name__)
+RunLogger = MLFlowLogger | JournalLogger
 
 
 def is_rank_zero() -> bool:
@@ -21,165 +27,170 @@ def is_rank_zero() -> bool:
 
 
 class MakeLogger(Protocol):
-    """Makes a logger for a new run, or for one to go on with."""
+    """Makes the logger of a run."""
 
-    def __call__(self, *, run_name: str, tags: Mapping[str, Any], run_id: str | None) -> MLFlowLogger: ...
+    def __call__(self, *, run_name: str, tags: Mapping[str, Any]) -> RunLogger: ...
 
 
 class Tracking:
-    """Creates, fills and closes the runs of one pipeline; does nothing without a logger, or on ranks other than 0.
+    """Begins, fills and closes the runs of one pipeline, in their journals; does nothing on ranks other than 0.
 
-    Only the parent is waited for. All else goes to the store in the background, so that nothing here waits or raises
-    while stages run; :meth:`close` waits for it.
+    Only the parent's store is waited for. Nothing else here waits or raises while stages run; :meth:`close` waits until
+    the store has all.
 
     Args:
-        make_logger: None to log nothing.
+        make_logger: None for the journals alone.
         name: The parent run's name.
         config: Of the whole pipeline; logged as the parent's parameters.
-        run_id: A parent to go on with, after an interruption; a new one where it is gone.
-        known: See :meth:`MLFlowLogger.begin`.
+        folder: The parent's. A parent that was interrupted, or whose store does not have all of it, is gone on with.
 
     Raises:
-        OSError: When the store does not answer.
+        OSError: When the store is away and required.
+        ValueError: When it does not take the run.
     """
 
-    def __init__(
-        self,
-        make_logger: MakeLogger | None,
-        name: str,
-        config: Mapping[str, Any],
-        run_id: str | None = None,
-        known: Callable[[str], object] | None = None,
-    ) -> None:
-        self._make_logger = make_logger if is_rank_zero() else None
-        self._parent: MLFlowLogger | None = None
+    def __init__(self, make_logger: MakeLogger | None, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        self._make_logger: MakeLogger = make_logger or JournalLogger
+        self._parent: RunLogger | None = None
+        self._folder = folder
+        self._loggers: dict[str, RunLogger] = {}
         self._open: list[str] = []
         self.runs: dict[str, str] = {}
-        """Children by name."""
-        if self._make_logger is not None:
-            self._parent = self._make_logger(run_name=name, tags={"kd.role": "pipeline"}, run_id=run_id)
-            self._parent.begin(lambda run: True, _params(config), known)
-            assert self._parent.run_id is not None
-            self._open.append(self._parent.run_id)
+        """Children by name: the keys of their journals."""
+        if is_rank_zero():
+            if is_ended(folder, "FINISHED") and is_shipped(folder):
+                remove(folder)
+            self._parent = self._make_logger(run_name=name, tags={"kd.role": "pipeline"})
+            self._parent.begin(folder, _params(config), wait=True, lasts=True)
+            self._began(self._parent)
 
     @property
     def run_id(self) -> str | None:
-        """The parent's id."""
-        return self._parent.run_id if self._parent else None
+        """The parent's key."""
+        return next(iter(self._loggers), None)
 
-    def logger(
-        self,
-        name: str,
-        tags: Mapping[str, Any],
-        config: Mapping[str, Any],
-        run_id: str | None = None,
-        known: Callable[[str], object] | None = None,
-    ) -> MLFlowLogger | None:
-        """Return the logger of a child run: a new one, or one to go on with, whatever its parent was.
+    @property
+    def stored_run_id(self) -> str | None:
+        """The parent's id in the store, as soon as that has it."""
+        found = self._parent.run_id if self._parent else None
+        return found if found != self.run_id else None
+
+    def logger(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> RunLogger | None:
+        """Return the logger of a stage that is trained; its run is gone on with, whatever its parent was.
 
         Args:
             name: The run's name.
             tags: Of the run.
             config: The run's parameters.
-            run_id: Of the run to go on with.
-            known: See :meth:`MLFlowLogger.begin`.
+            folder: The stage's.
         """
-        return self._child(name, tags, config, run_id, lambda run: True, known)
+        return self._child(name, tags, config, folder)
 
-    def reused(
-        self,
-        name: str,
-        tags: Mapping[str, Any],
-        config: Mapping[str, Any],
-        run_id: str | None,
-        known: Callable[[str], object],
-    ) -> None:
+    def reused(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
         """Go on with the run of a stage that was finished before, where that is under this parent.
 
-        Otherwise a new one is made, so that all rows of a comparison stand side by side.
+        Otherwise a new one is begun in the parent's folder, with the curves of the stage's, so that all rows of a
+        comparison stand side by side.
         """
-        self._child(
-            name, tags, config, run_id, lambda run: run.data.tags.get("mlflow.parentRunId") == self.run_id, known
-        )
+        begin = own_begin(folder) if self._parent is not None else None
+        ours = begin is not None and begin["parent"] == self.run_id
+        self._child(name, tags, config, folder if ours else self._beside(folder), folder if begin else None)
+
+    def log(self, run_id: str | None, op: str, **values: Any) -> None:
+        """Log an operation of :data:`~kd_lightning.tracking.operations.OPERATIONS`."""
+        if run_id is not None:
+            self._loggers[run_id].journal.write(op, **values)
 
     def metrics(self, run_id: str | None, values: Mapping[str, float | None]) -> None:
         """Log final values of a run, those that are known."""
-        if self._parent is not None and run_id is not None:
-            for key, value in values.items():
-                if value is not None:
-                    self._parent.experiment.log_metric(run_id, key, value)
+        known = {name: value for name, value in values.items() if value is not None}
+        if run_id is not None and known:
+            self._loggers[run_id].journal.metrics(known)
 
     def artifact(self, run_id: str | None, file: Path) -> None:
         """Log a file that stays as it is."""
-        if self._parent is not None and run_id is not None:
-            self._parent.delivery.file(run_id, file, copy=False)
+        if run_id is not None:
+            self._loggers[run_id].journal.artifact(file, copy=False)
 
     def text(self, run_id: str | None, text: str, name: str) -> None:
-        if self._parent is not None and run_id is not None:
-            self._parent.delivery.call(run_id, lambda client, known: client.log_text(known, text, name))
+        if run_id is not None:
+            self._loggers[run_id].journal.text(text, name)
 
     def tag(self, run_id: str | None, key: str, value: str) -> None:
-        if self._parent is not None and run_id is not None:
-            self._parent.experiment.set_tag(run_id, key, value)
+        self.log(run_id, "tags", values={key: value})
 
     def finish(self, run_id: str | None, status: str = "FINISHED") -> None:
-        if self._parent is not None and run_id is not None:
-            self._parent.experiment.set_terminated(run_id, status)
-            id_of = self._parent.delivery.id_of
-            self._open = [other for other in self._open if id_of(other) != id_of(run_id)]
+        if run_id is not None:
+            self._loggers[run_id].journal.end(status)
+            self._open = [other for other in self._open if other != run_id]
 
     def settle(self) -> None:
-        """Wait until the background is quiet, as before a timing: all is delivered, or the store is away."""
-        if self._parent is not None:
-            self._parent.delivery.flush(patience=0, request=5)
+        """Wait until the background is quiet, as before a timing: all is shipped, or the store is away."""
+        if self._shipper is not None:
+            self._shipper.flush(patience=0, request=5)
 
-    def close(self, status: str) -> bool:
-        """End what is open, the parent last, and wait for what is not delivered, but not for a store that is away.
+    def close(self, status: str) -> None:
+        """End what is open, the parent last, and wait for what is not shipped, but not for a store that is away.
 
         Args:
             status: ``FINISHED``, ``FAILED``, or ``KILLED``, with which it waits less.
-
-        Returns:
-            Whether the store has all.
         """
-        if self._parent is None:
-            return True
         for run_id in reversed(self._open):
             self.finish(run_id, status)
-        delivery = self._parent.delivery
-        if status == "KILLED":
-            delivery.flush(_PATIENCE_WHEN_INTERRUPTED, request=_PATIENCE_WHEN_INTERRUPTED)
-        else:
-            delivery.flush(PATIENCE)
-        missing = delivery.undelivered()
-        if missing is not None:
-            complete = "what was trained is on the disk, and complete; " if status == "FINISHED" else ""
-            _log.warning(
-                "%s: %sruns there may still be shown as running, which the same command goes on with and closes",
-                missing,
-                complete,
-            )
-        return missing is None
+        if self._shipper is not None:
+            if status == "KILLED":
+                self._shipper.flush(_PATIENCE_WHEN_INTERRUPTED, request=_PATIENCE_WHEN_INTERRUPTED)
+            else:
+                self._shipper.flush(PATIENCE)
+            missing = self._shipper.undelivered()
+            if missing is not None:
+                complete = "what was trained is on the disk, and complete; " if status == "FINISHED" else ""
+                _log.warning(
+                    "%s: %skd-lightning-sync %s ships them, or the same command", missing, complete, self._folder.parent
+                )
+        for logger in self._loggers.values():
+            logger.journal.close()
+
+    @property
+    def _shipper(self) -> Shipper | None:
+        return None if not isinstance(self._parent, MLFlowLogger) or self._parent.offline else self._parent.shipper
 
     def _child(
         self,
         name: str,
         tags: Mapping[str, Any],
         config: Mapping[str, Any],
-        run_id: str | None,
-        goes_on: Callable[[Any], bool],
-        known: Callable[[str], object] | None,
-    ) -> MLFlowLogger | None:
-        if self._parent is None or self._make_logger is None:
+        folder: Path,
+        curves: Path | None = None,
+    ) -> RunLogger | None:
+        if self._parent is None:
             return None
-        tags = {**tags, "kd.pipeline": self.run_id, "mlflow.parentRunId": self.run_id}
-        child = self._make_logger(run_name=name, tags=tags, run_id=run_id)
-        child.patience = 0  # close() waits
-        child.begin_in_background(goes_on, _params(config), known)
-        assert child.run_id is not None
-        self._open.append(child.run_id)
-        self.runs[name] = child.run_id
+        opened = next((key for key, logger in self._loggers.items() if logger.journal.folder == folder), None)
+        if opened is not None:  # a variant that is the same as another
+            self.runs[name] = opened
+            return self._loggers[opened]
+        child = self._make_logger(run_name=name, tags={**tags, "kd.pipeline": self.run_id})
+        try:
+            child.begin(folder, _params(config), self.run_id, curves, lasts=True)
+        except Timeout:  # another process is at work on that run
+            child.begin(self._beside(folder), _params(config), self.run_id, curves, lasts=True)
+        self._began(child)
+        self.runs[name] = child.journal.key
         return child
+
+    def _beside(self, stage: Path) -> Path:
+        """Return a folder in the parent's for a run of a stage."""
+        folder = self._folder / stage.name
+        begin = last_begin(folder)
+        if begin is not None and begin["parent"] != self.run_id:  # which was here before
+            if not is_shipped(folder):
+                return self._folder / f"{stage.name}-{uuid4().hex[:8]}"
+            remove(folder)
+        return folder
+
+    def _began(self, logger: RunLogger) -> None:
+        self._loggers[logger.journal.key] = logger
+        self._open.append(logger.journal.key)
 
 
 def _params(config: Any, prefix: str = "") -> dict[str, str]:

@@ -9,6 +9,8 @@ from urllib.parse import quote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from kd_lightning.tracking.calls import StoreAwayError
+
 _CREATION_SECONDS = 300
 _LOCKED_SECONDS = 3.0
 
@@ -66,7 +68,8 @@ def check_database(file: Path) -> None:
     """Open a SQLite file, read its structure, and take its lock once.
 
     Raises:
-        OSError: For a file that is damaged, that is no database, or that another process keeps locked.
+        StoreAwayError: For a file that another process keeps locked.
+        OSError: For a file that is damaged, or that is no database.
     """
     if not file.is_file():
         return
@@ -80,10 +83,11 @@ def check_database(file: Path) -> None:
             problem = _first_problem(connection)
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
-            raise OSError(
+            raise StoreAwayError(
                 f"the tracking store {file.absolute()} is locked by another process, which did not let go of it for "
-                f"{_LOCKED_SECONDS:g} s: end that process, or log elsewhere, logger.tracking_uri=sqlite:///other.db; "
-                "logger=null logs nothing"
+                f"{_LOCKED_SECONDS:g} s",
+                ": end that process, or log elsewhere, logger.tracking_uri=sqlite:///other.db; without "
+                "logger.required=true the training goes on without it",
             ) from error
         problem = str(error)
     except sqlite3.DatabaseError as error:
@@ -91,7 +95,7 @@ def check_database(file: Path) -> None:
     if problem is not None:
         raise OSError(
             f"the tracking store {file.absolute()} is damaged ({problem}), expected a SQLite database: put a copy "
-            "of it back, or move it away (a new one is made; trained stages are kept); logger=null logs nothing"
+            "of it back, or move it away (a new one is made; trained stages are kept); logger=null does without"
         )
 
 

@@ -82,7 +82,7 @@ class Job:
         self.teachers: dict[str, FinishedStage] = {}
         for training in (job.teacher, *job.assistants):
             taught_by = self.teachers.get(training.taught_by or "")
-            self.teachers[training.label] = run_stage(training, taught_by, job.work_dir, lambda run_id, known: None, [])
+            self.teachers[training.label] = run_stage(training, taught_by, job.work_dir, lambda folder: None, [])
         self.trainings = {training.label: training for training in job.students}
         distilled = next(training for training in job.students if training.role == "distilled")
         self.data = distilled.make_data()

@@ -38,7 +38,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.mark.parametrize("label", ["KD", "CTKD", "FitNet", "CRD", "label smoothing", "student", "control"])
 def test_the_bare_loop_ends_with_the_weights_of_the_pipeline(job: Job, label: str, tmp_path: Path) -> None:
     training = job.trainings[label]
-    stage = run_stage(training, job.teachers["teacher"], tmp_path, lambda run_id, known: None, [])
+    stage = run_stage(training, job.teachers["teacher"], tmp_path, lambda folder: None, [])
     expected = stage.network().state_dict()
     network = job.train(training)
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())

@@ -123,21 +123,6 @@ def test_a_file_of_another_stage_is_none_of_this(stage, tmp_path, caplog, name: 
     assert f"{stage.folder.path} is damaged: {name}" in caplog.text
 
 
-def test_a_run_id_that_is_damaged_or_another_stages_is_none(stage, tmp_path, caplog) -> None:
-    other, note = made(tmp_path, "student", seed=1), stage.folder.path / "run_id"
-    stage.folder.remember("0123")
-    other.folder.remember("4567")
-    assert (stage.folder.run_id, other.folder.run_id) == ("0123", "4567")
-    whole = note.read_bytes()
-    note.write_bytes((other.folder.path / "run_id").read_bytes())
-    assert stage.folder.run_id is None
-    for damaged in (b"", whole[:-9], whole.replace(b"0123", b"0128"), bytes(40)):
-        caplog.clear()
-        note.write_bytes(damaged)
-        assert stage.folder.run_id is None
-        assert f"{note} is damaged" in caplog.text
-
-
 def test_a_headline_that_does_not_follow_from_the_scores_is_named(stage, caplog) -> None:
     """Not by a fault, but by a program that wrote both."""
     file = stage.folder.path / "result.json"

@@ -59,7 +59,7 @@ def training(role: str = "student", seed: int = 0, **changes: Any) -> Training:
 
 
 def run(stages: Path, training: Training, teacher: FinishedStage | None = None, **options: Any) -> FinishedStage:
-    return run_stage(training, teacher, stages, lambda run_id, known: None, [], **options)
+    return run_stage(training, teacher, stages, lambda folder: None, [], **options)
 
 
 def made(stages: Path, role: str = "student", teacher: FinishedStage | None = None, **changes: Any) -> FinishedStage:

@@ -75,7 +75,7 @@ def anothers(file: Path) -> None:
         (flipped, "teacher-*/predictions.npz", "the stage runs again"),
         (torn, "quantized-student-ptq-*/model.onnx", "the stage runs again"),
         (flipped, "teacher-*/model.onnx", "the stage runs again"),
-        (anothers, "student-*/run_id", "a new run is begun"),
+        (anothers, "student-*/journal.jsonl", "a new run is begun"),
         (torn, "outputs-*/manifest.json", "written anew"),
         (flipped, "outputs-*/shards/000000.logits.npy", "written anew"),
         (torn, "pipeline-*/verdict.json", None),  # written by each command

@@ -30,13 +30,13 @@ ARGUMENTS = [
     "stages=[teacher,store_outputs,student,control,distilled,quantized,verdict]",
 ]
 FIRST_FILES = {  # what a stage has written when it is under way
-    "teacher": "teacher-*/run_id",
+    "teacher": "teacher-*/journal.jsonl",
     "store_outputs": "outputs-*",
-    "student": "student-*/run_id",
-    "control": "control-*/run_id",
-    "distilled": "distilled-*/run_id",
-    "quantized, no training": "quantized-teacher-*/run_id",
-    "quantized, trained": "quantized-distilled-qat-*/run_id",
+    "student": "student-*/journal.jsonl",
+    "control": "control-*/journal.jsonl",
+    "distilled": "distilled-*/journal.jsonl",
+    "quantized, no training": "quantized-teacher-*/journal.jsonl",
+    "quantized, trained": "quantized-distilled-qat-*/journal.jsonl",
     "verdict": "quantized-distilled-qat-*/result.json",
 }
 KILLS = 20

@@ -21,7 +21,11 @@ def store(database: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A logger that begins tells MLflow of its store, as Lightning's does, which sets the environment's."""
+def _no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A logger that begins tells MLflow of its store, as Lightning's does, which sets the environment's.
+
+    The journals of what goes to a server are in the working directory.
+    """
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what the test sets goes with it
     monkeypatch.delenv("MLFLOW_TRACKING_URI")

@@ -15,6 +15,8 @@ import torch
 from mlflow import MlflowClient
 
 from kd_lightning import load_student
+from kd_lightning.tracking.journal import history
+from kd_lightning.tracking.sync import sync
 from tests.reliability.preloaded import Command, Preloaded
 from tests.shortcuts import MIGRATE
 from tests.tracking.servers import Server, failing, free_port, silent
@@ -79,13 +81,25 @@ def statuses(uri: str, name: str) -> list[tuple[str, str]]:
     return [(run.info.run_name, run.info.status) for run in runs(uri, name)]
 
 
+def assert_curves(uri: str, name: str, folder: Path) -> None:
+    """Each stage's numbers are in its journal and in the store, step by step."""
+    client = MlflowClient(uri)
+    for run in runs(uri, name)[1:]:
+        (stage,) = folder.glob(f"mlruns/stages/{run.info.run_name}-*")
+        kept = history(stage)
+        assert {"train/loss", "final/acc"} <= set(kept)
+        for metric, values in kept.items():
+            stored = {point.step: point.value for point in client.get_metric_history(run.info.run_id, metric)}
+            assert sorted(stored.items()) == values, (run.info.run_name, metric)
+
+
 def in_fit(folder: Path) -> Callable[[], bool]:
     """Tell whether the student's training has written a checkpoint."""
     return lambda: bool(list(folder.glob("mlruns/stages/student-*/last.ckpt")))
 
 
 def local(folder: Path, database: Path) -> str:
-    (folder / "mlruns").mkdir()
+    (folder / "mlruns").mkdir(exist_ok=True)
     shutil.copy(database, folder / "mlruns/mlflow.db")
     return f"sqlite:///{folder}/mlruns/mlflow.db"
 
@@ -94,18 +108,36 @@ def local(folder: Path, database: Path) -> str:
     ("where", "what"),
     [("nothing", "connection refused"), ("silent", r"no answer within 4 s"), ("failing", "it answers with error 500")],
 )
-def test_a_server_that_is_not_there_is_said_before_anything_is_trained(
+def test_a_server_that_is_not_there_and_is_required_is_said_before_anything_is_trained(
     start: Callable[..., Command], tmp_path: Path, where: str, what: str
 ) -> None:
     with silent() as silent_uri, failing() as failing_uri:
         uri = {"nothing": f"http://127.0.0.1:{free_port()}", "silent": silent_uri, "failing": failing_uri}[where]
-        command = start(*SHORT, MLFLOW_TRACKING_URI=uri.replace("://", "://me:secret@"))
+        command = start(*SHORT, "logger.required=true", MLFLOW_TRACKING_URI=uri.replace("://", "://me:secret@"))
         assert command.wait() == 1
     (line,) = command.printed().strip().splitlines()
     shown = uri.replace("://", "://***@")
     assert line.startswith(f"kd-lightning: the tracking store {shown} cannot be used ({what})")
-    assert "logger=null" in line
-    assert list(tmp_path.glob("mlruns/stages/*")) == []
+    assert "logger.required=true" in line
+    assert list(tmp_path.glob("mlruns/stages/*/final.ckpt")) == []
+
+
+def test_a_server_that_is_not_there_is_said_and_a_sync_ships_all_to_another(
+    start: Callable[..., Command], database: Path, tmp_path: Path
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    command = start(*SHORT, "name=away", MLFLOW_TRACKING_URI=uri.replace("://", "://me:secret@"))
+    assert command.wait() == 0
+    printed = command.printed()
+    assert "Traceback" not in printed
+    assert printed.count("cannot be used (connection refused): the training goes on") == 1
+    assert "kd-lightning-sync mlruns/stages ships them, or the same command" in " ".join(printed.split())
+    store = local(tmp_path, database)
+    assert sync(tmp_path / "mlruns", store)
+    names = ("away", "teacher-hard_label-s0", "student-hard_label-s0")
+    assert statuses(store, "away") == [(name, "FINISHED") for name in names]
+    assert_curves(store, "away", tmp_path)
+    assert not any(b"secret" in file.read_bytes() for file in tmp_path.glob("mlruns/stages/*/*.json*"))
 
 
 def test_a_server_killed_in_fit_changes_no_figure_and_the_same_command_closes_its_runs(
@@ -133,6 +165,7 @@ def test_a_server_killed_in_fit_changes_no_figure_and_the_same_command_closes_it
     assert [run.info.run_name for run in found] == ["killed", "teacher-hard_label-s0", "student-hard_label-s0"]
     assert {run.info.status for run in found} == {"FINISHED"}
     assert all("final/acc" in run.data.metrics for run in found[1:])
+    assert_curves(server.uri, "killed", tmp_path)
 
 
 def test_a_signal_ends_a_command_whose_server_hangs(
@@ -170,7 +203,7 @@ def test_a_signal_outside_a_training_closes_the_runs(
     uri = local(tmp_path, database)
     arguments = [*SHORT[:3], "stages=[teacher,student,quantized]", "quantized.calibration_samples=6000", "name=ended"]
     command = start(*arguments)
-    quantizing = lambda: list(tmp_path.glob("mlruns/stages/quantized-teacher-ptq*/run_id"))  # noqa: E731
+    quantizing = lambda: list(tmp_path.glob("mlruns/stages/quantized-teacher-ptq*/journal.jsonl"))  # noqa: E731
     assert command.wait_until(quantizing, 200), command.printed()
     command.send(number)
     assert command.wait(60) == 128 + number
@@ -207,7 +240,7 @@ def test_two_commands_at_once_in_an_empty_folder(start: Callable[..., Command], 
     assert sorted(path.name for path in (tmp_path / "mlruns").iterdir()) == ["artifacts", "mlflow.db"]
 
 
-@pytest.mark.parametrize("how", ["torn", "overwritten", "locked"])
+@pytest.mark.parametrize("how", ["torn", "overwritten", "locked and required"])
 def test_a_damaged_or_locked_database_is_named(
     start: Callable[..., Command], database: Path, tmp_path: Path, how: str
 ) -> None:
@@ -220,13 +253,28 @@ def test_a_damaged_or_locked_database_is_named(
             file.write_bytes(b"not a database" * 1000)
         else:
             other.execute("BEGIN EXCLUSIVE")
-        command = start(*SHORT)
+        command = start(*SHORT, *(["logger.required=true"] if how == "locked and required" else []))
         assert command.wait() == 1
     (line,) = command.printed().strip().splitlines()
     assert str(file) in line
-    assert ("is locked by another process" if how == "locked" else "is damaged (") in line
+    assert ("is damaged (" if how in ("torn", "overwritten") else "is locked by another process") in line
     assert "SQL:" not in line
-    assert list(tmp_path.glob("mlruns/stages/*")) == []
+    assert list(tmp_path.glob("mlruns/stages/*/final.ckpt")) == []
+
+
+def test_a_locked_database_is_waited_for_in_the_background(
+    start: Callable[..., Command], database: Path, tmp_path: Path
+) -> None:
+    uri = local(tmp_path, database)
+    with closing(sqlite3.connect(tmp_path / "mlruns/mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        command = start(*SHORT, "name=locked")
+        assert command.wait_until(lambda: list(tmp_path.glob("mlruns/stages/teacher-*/journal.jsonl")))
+        other.execute("ROLLBACK")
+    assert command.wait() == 0
+    assert command.printed().count("is locked by another process") == 1
+    assert {status for _, status in statuses(uri, "locked")} == {"FINISHED"}
+    assert_curves(uri, "locked", tmp_path)
 
 
 def test_a_disk_that_fills_in_training_ends_in_one_line(
@@ -257,4 +305,4 @@ def test_a_disk_that_fills_in_training_ends_in_one_line(
     last = printed.strip().splitlines()[-1]
     assert last.startswith("kd-lightning: ")
     assert "No space left on device" in last
-    assert "sqlite:///mlruns/mlflow.db does not take what is logged (database or disk is full)" in printed
+    assert "cannot be written (No space left on device); the training goes on" in printed

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import torch
 from mlflow import MlflowClient
 
 from kd_lightning.tracking import MLFlowLogger
-from kd_lightning.tracking.delivery import Delivery
+from kd_lightning.tracking.journal import history
+from kd_lightning.tracking.shipping import Shipment
 from tests.tiny import loader, network, trainer
 from tests.tracking.servers import Server, failing, free_port, silent
 
@@ -120,28 +122,22 @@ def test_a_server_that_is_killed_and_comes_back_gets_everything(server: Server, 
 
 
 def test_a_run_that_was_made_but_not_told_is_not_made_twice(store: Path) -> None:
-    """The answer to the first attempt is lost; the second finds the run by its key."""
-    noted: list[str] = []
-    logger = MLFlowLogger(experiment_name="once", tracking_uri=f"sqlite:///{store}", run_name="once")
-    opening = logger._opening(None, {"a": "1"}, None)
-    client = MlflowClient(f"sqlite:///{store}")
-    first = opening(client, "waiting-1", False)
-    assert opening(client, "waiting-1", True).info.run_id == first.info.run_id
-    assert opening(client, "waiting-2", True).info.run_id != first.info.run_id
-    logger.begin_in_background(lambda run: True, {"a": "1"}, noted.append)
-    assert logger.delivery.flush()
-    key, run_id = noted
-    assert run_id == logger.run_id
-    assert client.get_run(run_id).data.params == {"a": "1"}
-    # A process that was killed before the answer came has noted the key alone.
-    again = MLFlowLogger(experiment_name="once", tracking_uri=f"sqlite:///{store}", run_id=key)
-    again.begin(lambda run: True)
-    assert again.run_id == run_id
+    """The answer was lost, or the process was killed before it noted it: the run is found by its key."""
+    uri = f"sqlite:///{store}"
+    logger = MLFlowLogger(experiment_name="once", tracking_uri=uri, run_name="once")
+    logger.begin(params={"a": "1"})
+    (noted,) = store.parent.glob("journals/*/shipped.json")
+    noted.unlink()
+    again = Shipment(noted.parent, uri)
+    while again.waiting():
+        assert again.advance(lambda: MlflowClient(uri)) is None
+    assert again.run_id == logger.run_id
+    assert MlflowClient(uri).get_run(again.run_id).data.params == {"a": "1"}
 
 
 def test_killed_for_good_in_fit_stops_nothing_and_says_what_is_missing(server: Server, caplog) -> None:
     def kill() -> None:
-        assert logger.delivery.flush()
+        assert logger.shipper.flush()
         server.kill()
 
     logger = Timed(tracking_uri=server.uri, run_name="killed", patience=2)
@@ -154,46 +150,49 @@ def test_killed_for_good_in_fit_stops_nothing_and_says_what_is_missing(server: S
     steps = STEPS - 10  # with loss, step and epoch, and a tag; and a file, and the run's end
     assert missing == (
         f"{3 * steps} metric values and {steps + 2} other entries (runs, parameters, tags, files) were not delivered "
-        f"to {server.uri} (connection refused); the training itself is complete"
+        f"to {server.uri} (connection refused): they are kept in {logger.journal.folder}, and shipped by "
+        f"kd-lightning-sync {logger.journal.folder}; the training itself is complete"
     )
     logger.log_metrics({"later": 1.0})  # and so does a call after that
     assert time.monotonic() - ended < LONGEST_WAIT
 
 
+@pytest.mark.parametrize("required", [True, False])
 @pytest.mark.parametrize(
     ("where", "what"),
-    [("nothing", "connection refused"), ("silent", r"no answer within 4 s"), ("failing", "answers with error 500")],
+    [("nothing", "connection refused"), ("silent", r"no answer within 1 s"), ("failing", "answers with error 500")],
 )
-def test_a_store_that_cannot_be_used_is_said_in_seconds_before_the_training(where: str, what: str) -> None:
+def test_a_store_that_is_away_at_the_start_is_said_once_and_refused_where_it_is_required(
+    where: str, what: str, required: bool, caplog, monkeypatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with silent() as silent_uri, failing() as failing_uri:
         uri = {"nothing": f"http://127.0.0.1:{free_port()}", "silent": silent_uri, "failing": failing_uri}[where]
-        logger = MLFlowLogger(tracking_uri=uri.replace("://", "://somebody:secret@"))
+        logger = MLFlowLogger(tracking_uri=uri.replace("://", "://somebody:secret@"), required=required, patience=0.5)
         begun = time.monotonic()
-        with pytest.raises(
-            OSError, match=rf"the tracking store {uri.replace('://', '://[*]{3}@')} .*{what}.*logger=null"
-        ):
-            logger.log_metrics({"a": 1.0})
-        assert time.monotonic() - begun < 5 + LONGEST_WAIT
+        said = rf"the tracking store {uri.replace('://', '://[*]{3}@')} .*{what}.*"
+        if required:
+            with pytest.raises(OSError, match=said + "without logger.required=true"):
+                logger.log_metrics({"a": 1.0})
+            assert not Path("mlruns").exists()
+        else:
+            logger.log_metrics({"a": 1.0}, step=3)
+            logger.finalize()
+            line, missing = [record.getMessage() for record in caplog.records]
+            assert re.match(said + "the training goes on", line)
+            assert missing.startswith("1 metric values and 2 other entries")
+            assert history(logger.journal.folder) == {"a": [(3, 1.0)]}
+            assert "secret" not in (logger.journal.folder / "journal.jsonl").read_text()
+        assert time.monotonic() - begun < 2.5 + LONGEST_WAIT
 
 
 def test_the_environments_own_bounds_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with silent() as uri, pytest.raises(OSError, match="no answer"):
-        MLFlowLogger(tracking_uri=uri).begin()
+        MLFlowLogger(tracking_uri=uri, required=True).begin()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
-
-
-def test_what_waits_is_bounded_and_the_rest_is_counted(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("kd_lightning.tracking.delivery._MOST_VALUES", 5)
-    delivery = Delivery(f"http://127.0.0.1:{free_port()}")
-    with caplog.at_level(logging.WARNING, "kd_lightning"):
-        for i in range(8):
-            delivery.metrics("run", [i])
-    assert not delivery.flush(patience=0.5, request=0.5)
-    assert delivery.undelivered().startswith("8 metric values were not delivered")
-    assert sum("further ones are left out" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_what_a_store_refuses_is_said_and_left_out(store: Path, caplog) -> None:
@@ -205,7 +204,7 @@ def test_what_a_store_refuses_is_said_and_left_out(store: Path, caplog) -> None:
             client.log_metric(logger.run_id, "n\0t a name?", float(i), step=i)
         client.log_text(logger.run_id, "kept", "text.txt")
         logger.finalize()
-    assert logger.delivery.undelivered().startswith("3 metric values were not delivered")
+    assert logger.shipper.undelivered().startswith("3 metric values were not delivered")
     (said,) = caplog.records
     assert "did not take something that was logged: Invalid value" in said.getMessage()
     assert "\n" not in said.getMessage()
@@ -222,6 +221,6 @@ def test_files_are_logged_as_they_were(store: Path, tmp_path: Path) -> None:
     logger.experiment.log_artifacts(logger.run_id, tmp_path / "folder")
     file.write_text("after")
     file.unlink()
-    assert logger.delivery.flush()
+    assert logger.shipper.flush()
     for name in ("files/a.txt", "a.txt"):
         assert Path(logger.experiment.download_artifacts(logger.run_id, name)).read_text() == "before"

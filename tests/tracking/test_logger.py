@@ -102,7 +102,7 @@ def test_labels_as_users_write_them_are_logged_under_names_that_mlflow_takes(fin
     shutil.copytree(finished[0] / "mlruns", tmp_path / "mlruns")  # a store that is migrated already
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db", run_name="names")
     logger.log_hyperparams({"variants": {"T=4": {"losses.kd.temperature": 4.0}}})
-    assert logger.delivery.flush()
+    assert logger.shipper.flush()
     params = logger.experiment.get_run(logger.run_id).data.params
     assert params == {"variants/T-4/losses.kd.temperature": "4.0"}
 
