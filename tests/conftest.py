@@ -8,6 +8,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test reports to the server of whoever runs it, or to the makers of the runtimes.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# A report that cannot be written fails no pipeline, but the test.
+os.environ["KD_RAISE_ERRORS_OF_REPORT"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
 os.environ.pop("MLFLOW_RUN_ID", None)

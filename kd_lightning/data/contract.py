@@ -35,6 +35,10 @@ class Data:
     - ``class_names``: in errors, in the verdict and in exported files; ``mean`` and ``std`` of the inputs: in these.
     - ``counts``: how many samples there are by name, which is logged; ``counts["unlabelled"]``: how many the distilled
       student has beyond those of the student alone. ``described``: further names and numbers that are logged.
+    - what the report shows test units by: ``tokenizer`` with ``decode``, of tokens; ``feature_names`` of rows;
+      ``target_mean`` and ``target_std`` of values that were standardised; ``words_of(inputs)``: one unit's inputs as
+      words; ``test_groups``: names of parts of the test units, such as the documents that they are of, and an array
+      that says for each unit which part it is in.
 
     Args:
         module: The data module.
@@ -102,6 +106,12 @@ class Data:
             {f"samples/{name}": int(count) for name, count in counts.items()} if isinstance(counts, Mapping) else {}
         )
         return {**samples, **self._found("described", {})}
+
+    @property
+    def test_groups(self) -> tuple[Sequence[str], Sequence[int]] | None:
+        """Parts of the test units, by name, and for each unit which it is in; None where the module names none."""
+        found: tuple[Sequence[str], Sequence[int]] | None = self._found("test_groups")
+        return found
 
     @property
     def batch_size(self) -> int | None:

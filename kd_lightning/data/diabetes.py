@@ -38,6 +38,7 @@ class Diabetes(SplitData):
 
     input_shape = (10,)
     target_mean, target_std = 152.0, 77.0
+    feature_names = ("age", "sex", "body mass", "blood pressure", *(f"serum {i}" for i in range(1, 7)))
 
     def __init__(
         self,

@@ -107,6 +107,10 @@ class ShakespearePunctuation(RoleData):
     def load_subsets(self) -> dict[str, Passages]:
         return {role: passages_of(names, self.words) for role, names in self.plays.items()}
 
+    def words_of(self, inputs: Tensor) -> list[str]:
+        """Return the words of one passage; of a long one the letters that the networks get. Shape: (S, 12)."""
+        return [found for word in inputs.tolist() if (found := "".join(LETTERS[i] for i in word if i))]
+
     def training_set(self) -> Passages:
         training: Passages = self.subset("teacher" if self.role == "teacher" else "student")
         return training

@@ -84,6 +84,10 @@ class ShakespeareSentences(RoleData):
                 raise ValueError(f"expected {name} of 1 or more, got {count}")
         self.tokenizer, self.tokens = tokenizer, tokens
 
+    def words_of(self, inputs: Tensor) -> list[str]:
+        """Return the words of one sentence, as its tokens have them. Shape: (S,)."""
+        return str(_library(self.tokenizer, self.tokens).decode(inputs.tolist())).split()
+
     def load_subsets(self) -> dict[str, Sentences]:
         return dict(_sentences(self.tokenizer, self.tokens, tuple(self.wanted.items())))
 
@@ -119,6 +123,7 @@ def sentences(play: str) -> Iterable[str]:
                 yield sentence
 
 
+@cache
 def _library(name: str, length: int) -> Any:
     try:
         from tokenizers import Tokenizer

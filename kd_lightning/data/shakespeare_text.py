@@ -42,6 +42,13 @@ class ShakespeareText(TextData):
         return {role: [read_plays()[name] for name in names] for role, names in self.plays.items()}
 
     @property
+    def test_groups(self) -> tuple[list[str], list[int]]:
+        """The test's plays, and which of them each block is of; all in one where blocks go over their ends."""
+        names, of_block = super().test_groups
+        plays = list(self.plays["test"])
+        return (plays if len(plays) == len(names) else names), of_block
+
+    @property
     def described(self) -> dict[str, str | int]:
         """Tokens and plays by role, for the tracking."""
         return {**super().described, **{f"plays/{role}": ", ".join(names) for role, names in self.plays.items()}}

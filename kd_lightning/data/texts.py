@@ -127,6 +127,13 @@ class TextData(RoleData):
         return {role: len(blocks.tokens) for role, blocks in self._subsets.items()}
 
     @property
+    def test_groups(self) -> tuple[list[str], list[int]]:
+        """The test's documents, and which of them each block is of."""
+        ends = self.subset("test").ends
+        documents, of_block = ends.unique(return_inverse=True)
+        return [f"document {i + 1}" for i in range(len(documents))], of_block.tolist()
+
+    @property
     def described(self) -> dict[str, str | int]:
         """Tokens by role, for the tracking."""
         return {f"tokens/{role}": count for role, count in self.token_counts.items()}

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,10 +23,13 @@ from kd_lightning.pipeline.folder import FinishedStage, held_if_free
 from kd_lightning.pipeline.measure import NAMES, measure, measure_files, measure_writing
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
+from kd_lightning.pipeline.report_record import write_record
 from kd_lightning.pipeline.run import run_stage, store_teachers_outputs, with_members
 from kd_lightning.pipeline.training import Training
 from kd_lightning.processor import describe
 from kd_lightning.records import Verdict
+from kd_lightning.report.facts import RECORD
+from kd_lightning.report.html import write_report
 from kd_lightning.report.markdown import as_markdown
 from kd_lightning.report.terminal import StageProgress, print_verdict
 from kd_lightning.report.verdict_json import write_verdict
@@ -32,6 +37,10 @@ from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.logger import check_writable, safe_name
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
+
+RAISE_ERRORS_OF_REPORT = "KD_RAISE_ERRORS_OF_REPORT"
+"""Variable of the environment with which a report that cannot be written is an error, as in tests; 1 for yes."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -232,7 +241,33 @@ class Pipeline:
         tracking.tag(tracking.run_id, "mlflow.note.content", as_markdown(verdict))
         self.console.print()
         print_verdict(verdict, self.console)
+        self._report(path.with_name(RECORD), verdict, finished, data, tracking)
         return verdict
+
+    def _report(
+        self, path: Path, verdict: Verdict, finished: Sequence[FinishedStage], data: Data, tracking: Tracking
+    ) -> None:
+        """Write the report; its failure fails no pipeline, whose verdict is there."""
+        try:
+            write_record(
+                path,
+                name=self.name,
+                task=self.task,
+                verdict=verdict,
+                finished=finished,
+                data=data,
+                config=self.config,
+            )
+            page = write_report(path.parent)
+        except Exception as error:
+            if os.environ.get(RAISE_ERRORS_OF_REPORT) == "1":
+                raise
+            _log.warning("no report was written, %s: %s; the verdict stands", type(error).__name__, error)
+            return
+        tracking.artifact(tracking.run_id, path)
+        tracking.artifact(tracking.run_id, page)
+        self.console.print()
+        self.console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
     def _measure(self, finished: Sequence[FinishedStage], data: Data) -> dict[str, dict[str, float]]:
         """Time one network of each model, or its file; return the figures by label."""

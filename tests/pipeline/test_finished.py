@@ -50,3 +50,22 @@ def test_the_students_checkpoint_is_the_bare_networks(finished) -> None:
     (file,) = finished[0].glob("mlruns/stages/distilled-*/final.ckpt")
     CNN8().load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     CNN8().load_state_dict(load_student(file))
+
+
+def test_the_report_stands_beside_the_verdict_and_in_mlflow(finished) -> None:
+    folder, printed = finished
+    (page,) = folder.glob("mlruns/stages/pipeline-*/report.html")
+    assert f"Report: {page.relative_to(folder)}" in printed
+    text, verdict = page.read_text(), json.loads(page.with_name("verdict.json").read_text())
+    for section in ("verdict", "knowledge", "temperature", "groups", "reproduce"):
+        assert f'<section id="{section}"' in text
+    assert "ankle boot" in text
+    record = json.loads(page.with_name("report.json").read_text(), parse_constant=pytest.fail)
+    assert record["verdict"] == verdict
+    assert record["looked_at"]["units"] == record["looked_at"]["of"] == 2500
+    recall = record["groups"]["models"]["teacher"]["mean"]
+    assert sum(x * n for x, n in zip(recall, record["groups"]["count"], strict=True)) / 2500 == pytest.approx(
+        verdict["models"]["teacher"]["accuracy"]["mean"]
+    )
+    client, (parent,), _ = runs(folder)
+    assert {"report.html", "report.json"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}

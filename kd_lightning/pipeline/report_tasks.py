@@ -1,0 +1,347 @@
+"""What the report can show of each kind of task: of answers on the whole test split, of outputs on a part of it.
+
+A task of another kind has the other sections of the report; :func:`of_outputs` and :func:`groups` can be told of it
+with ``register``, as any ``functools.singledispatch``.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd_lightning.data.contract import Data
+from kd_lightning.losses import KD, HardLabel
+from kd_lightning.pipeline import knowledge
+from kd_lightning.pipeline.folder import FinishedStage
+from kd_lightning.pipeline.report_examples import of_classes, of_images, of_labels, of_neighbours, of_values
+from kd_lightning.pipeline.shown_inputs import Shows, as_classes
+from kd_lightning.pipeline.soft_outputs import SoftOutputs
+from kd_lightning.tasks import (
+    Classification,
+    Embedding,
+    LanguageModelling,
+    MultiLabel,
+    Regression,
+    Segmentation,
+    Task,
+    TokenClassification,
+)
+
+_MOST_SHOWN_CLASSES = 12
+_MOST_GROUPS = 120
+Array = NDArray[Any]
+Temperature = float | tuple[float, float] | None
+
+
+def of_answers(task: Task, labels: Mapping[str, Sequence[FinishedStage]], data: Data) -> dict[str, Any]:
+    """Return the headline and the agreement with the teacher on parts of the test units, by model.
+
+    Args:
+        task: Says which parts there are.
+        labels: The stages of each model, one a seed.
+        data: Set up for the test.
+    """
+    scores = {key: [stage.result.scores for stage in stages] for key, stages in labels.items()}
+    by_class = next(iter(scores.values()))[0].ndim == 3 and task.headline.of_mean is not None
+    names, places = _classes_of(task, scores, data) if by_class else groups(task, data)
+    if len(names) < 2 or len(names) > _MOST_GROUPS:
+        return {}
+
+    def quality(of: Array, i: int) -> float:
+        if not by_class:
+            return task.headline.value(of[places[i]]) if places[i].any() else float("nan")
+        assert task.headline.of_mean is not None
+        return float(task.headline.of_mean(of.mean(0)[i : i + 1]))
+
+    found = {key: np.array([[quality(one, i) for i in range(len(names))] for one in of]) for key, of in scores.items()}
+    teacher = found.get("teacher")
+    by_model = {}
+    for key, values in found.items():
+        mean = values.mean(0)
+        by_model[key] = {"mean": mean.tolist(), "low": values.min(0).tolist(), "high": values.max(0).tolist()}
+        if teacher is not None:
+            good, best = (mean, teacher.mean(0)) if task.headline.higher_is_better else (teacher.mean(0), mean)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                by_model[key]["retention"] = (good / best).tolist()
+            if not by_class:
+                by_model[key]["agreement"] = _agreement(task, labels[key], labels["teacher"], places)
+    by = {True: "class", False: _named_by(task)}[by_class or isinstance(task, Classification)]
+    counts = None if by_class else [int(place.sum()) for place in places]
+    return {"groups": {"by": by, "names": list(names), "count": counts, "models": by_model}}
+
+
+def _named_by(task: Task) -> str:
+    return "target" if isinstance(task, Regression) else "text"
+
+
+def _classes_of(task: Task, scores: Mapping[str, Sequence[Array]], data: Data) -> tuple[list[str], list[Array]]:
+    count = next(iter(scores.values()))[0].shape[1]
+    names = data.class_names
+    return (list(names[:count]) if names is not None else [str(i) for i in range(count)]), []
+
+
+def _agreement(
+    task: Task, stages: Sequence[FinishedStage], teacher: Sequence[FinishedStage], places: Sequence[Array]
+) -> list[float] | None:
+    """Return how far a model's answers agree with the teacher's, by part, over its seeds."""
+    reference = teacher[0].result.answers
+    if np.shape(stages[0].result.answers) != np.shape(reference) or len(reference) != len(places[0]):
+        return None
+    found = []
+    for stage in stages:
+        same = task.agreement(torch.from_numpy(stage.result.answers), torch.from_numpy(reference)).numpy()
+        if len(same) != len(places[0]):
+            return None
+        found.append([float(same[place].mean()) if place.any() else float("nan") for place in places])
+    return np.mean(found, 0).tolist()  # type: ignore[no-any-return]
+
+
+@singledispatch
+def groups(task: Task, data: Data) -> tuple[Sequence[str], Sequence[Array]]:
+    """Return parts of the labelled test units that are looked at on their own, by name: none unless a task says so."""
+    return [], []
+
+
+@groups.register
+def _(task: Classification, data: Data) -> tuple[Sequence[str], Sequence[Array]]:
+    labels = _targets(task, data)
+    if labels is None or labels.ndim != 1:
+        return [], []
+    labels = as_classes(labels)
+    classes = range(int(labels.max()) + 1)
+    names = data.class_names or [str(i) for i in classes]
+    return [names[i] for i in classes], [labels[labels >= 0] == i for i in classes]
+
+
+@groups.register
+def _(task: LanguageModelling, data: Data) -> tuple[Sequence[str], Sequence[Array]]:
+    found = data.test_groups
+    if found is None:
+        return [], []
+    names, of_unit = found
+    return names, [np.asarray(of_unit) == i for i in range(len(names))]
+
+
+@groups.register
+def _(task: Regression, data: Data) -> tuple[Sequence[str], Sequence[Array]]:
+    target = _targets(task, data)
+    if target is None or target.shape[1] != 1:
+        return [], []
+    values = target[~np.isnan(target[:, 0]), 0]
+    std, mean = (float(getattr(data.module, f"target_{name}", x)) for name, x in (("std", 1.0), ("mean", 0.0)))
+    edges = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+    inner = np.digitize(values, edges[1:-1])
+    edges = edges * std + mean
+    names = [f"{edges[i]:.3g} to {edges[i + 1]:.3g}" for i in range(4)]
+    return names, [inner == i for i in range(4)]
+
+
+def _targets(task: Task, data: Data) -> Array | None:
+    targets = [task.read(batch).target for batch in data.test_dataloader()]
+    some = [target for target in targets if isinstance(target, torch.Tensor)]
+    return torch.cat(some).cpu().numpy() if some and len({target.shape[1:] for target in some}) == 1 else None
+
+
+@singledispatch
+def of_outputs(
+    task: Task, outputs: SoftOutputs, data: Data, temperature: Temperature, losses: Mapping[str, Any], key: str | None
+) -> dict[str, Any]:
+    """Return what the outputs of teacher and students show: nothing of an unknown task.
+
+    Args:
+        task: Says what outputs are.
+        outputs: Of the same test units, by model.
+        data: Shows the units.
+        temperature: At which the distilled student was trained.
+        losses: Of the distilled student, by name.
+        key: Of the distilled student among the outputs' models.
+    """
+    return {}
+
+
+@of_outputs.register
+def _(
+    task: Classification,
+    outputs: SoftOutputs,
+    data: Data,
+    temperature: Temperature,
+    losses: Mapping[str, Any],
+    key: str | None,
+) -> dict[str, Any]:
+    target = outputs.target
+    if target is None or len({of.shape for several in outputs.logits.values() for of in several}) != 1:
+        return {}  # other numbers of classes
+    every = {name: [_last(of) for of in several] for name, several in outputs.logits.items()}
+    labels = task.labels(torch.from_numpy(target)).numpy().reshape(-1)
+    known = labels >= 0
+    classes = every["teacher"][0].shape[-1]
+    logits = {name: [of.reshape(-1, classes)[known] for of in several] for name, several in every.items()}
+    labels = labels[known]
+    if not len(labels):
+        return {}
+    shows = Shows(data.module)
+    names = _class_names(task, classes, labels, data, shows)
+    found: dict[str, Any] = {"classes": names, "places": len(labels)}
+    found |= _structure(logits, labels, names)
+    used = temperature[0] if isinstance(temperature, tuple) else temperature
+    found["temperature"] = _temperature(logits, labels, used, losses, key)
+    where = np.argwhere(known.reshape(target.shape[: every["teacher"][0].ndim - 1]))
+    if isinstance(task, Segmentation):
+        maps = {name: _last(several[0]) for name, several in outputs.logits.items()}
+        found["examples"] = of_images(maps, as_classes(target), outputs.batches, shows, key)
+    else:
+        first = {name: several[0] for name, several in logits.items()}
+        texts = isinstance(task, TokenClassification)
+        found["examples"] = of_classes(first, labels, where, outputs.batches, shows, used, key, texts)
+    return found
+
+
+@of_outputs.register
+def _(
+    task: MultiLabel,
+    outputs: SoftOutputs,
+    data: Data,
+    temperature: Temperature,
+    losses: Mapping[str, Any],
+    key: str | None,
+) -> dict[str, Any]:
+    target = outputs.target
+    if target is None:
+        return {}
+    known = target >= 0
+    right = target > 0.5
+    calibrations: dict[str, list[dict[str, Any]]] = {}
+    for name, several in outputs.logits.items():
+        for of in several:
+            p = 1 / (1 + np.exp(-of.astype(np.float64)))
+            sure, same = np.maximum(p, 1 - p)[known], ((p > 0.5) == right)[known]
+            calibrations.setdefault(name, []).append(knowledge.calibration(sure, same)._asdict())
+    shows = Shows(data.module)
+    classes = list(data.class_names or map(str, range(target.shape[1])))
+    first = {name: several[0] for name, several in outputs.logits.items()}
+    examples = of_labels(first, target, outputs.batches, shows, key)
+    return {"classes": classes, "places": int(known.sum()), "calibration": calibrations, "examples": examples}
+
+
+@of_outputs.register
+def _(
+    task: Regression,
+    outputs: SoftOutputs,
+    data: Data,
+    temperature: Temperature,
+    losses: Mapping[str, Any],
+    key: str | None,
+) -> dict[str, Any]:
+    target = outputs.target
+    if target is None:
+        return {}
+    std, mean = (float(getattr(data.module, f"target_{name}", x)) for name, x in (("std", 1.0), ("mean", 0.0)))
+    values = {name: several[0] * std + mean for name, several in outputs.logits.items()}
+    return of_values(values, task.target_of(torch.from_numpy(target)).numpy() * std + mean, outputs.batches, data, key)
+
+
+@of_outputs.register
+def _(
+    task: Embedding,
+    outputs: SoftOutputs,
+    data: Data,
+    temperature: Temperature,
+    losses: Mapping[str, Any],
+    key: str | None,
+) -> dict[str, Any]:
+    first = {name: several[0] for name, several in outputs.logits.items()}
+    examples = of_neighbours(first, outputs.batches, Shows(data.module), key)
+    return {"examples": examples} if examples else {}
+
+
+def _last(logits: Array) -> Array:
+    """Put the classes of (n, C, H, W) last."""
+    return np.moveaxis(logits, 1, -1) if logits.ndim == 4 else logits
+
+
+def _class_names(task: Task, classes: int, labels: Array, data: Data, shows: Shows) -> dict[int, str]:
+    names = data.class_names
+    if isinstance(task, LanguageModelling) and shows.spells:
+        return {i: shows.spelling(i) for i in range(classes)} if classes <= 2000 else _Spelled(shows)
+    return {i: names[i] if names is not None and i < len(names) else str(i) for i in range(classes)}
+
+
+class _Spelled(dict[int, str]):
+    """Tokens of a large vocabulary, of which few are shown."""
+
+    def __init__(self, shows: Shows) -> None:
+        super().__init__()
+        self._shows = shows
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self._shows.spelling(token)
+        return self[token]
+
+
+def _structure(logits: Mapping[str, Sequence[Array]], labels: Array, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return which classes resemble which to each model, and how far it is calibrated."""
+    calibrations: dict[str, list[dict[str, Any]]] = {}
+    maps: dict[str, list[Array]] = {}
+    few = 3 <= logits["teacher"][0].shape[1] <= knowledge._MOST_RESEMBLANCES
+    for name, several in logits.items():
+        for of in several:
+            p = knowledge.softmax(of)
+            found = knowledge.calibration(p.max(-1), p.argmax(-1) == labels)
+            calibrations.setdefault(name, []).append(found._asdict())
+            if few:
+                maps.setdefault(name, []).append(knowledge.resemblance(p, labels))
+    if not few:
+        return {"calibration": calibrations}
+    teacher = maps["teacher"][0]
+    frequent = np.argsort(-np.bincount(labels, minlength=len(teacher)), kind="stable")[:_MOST_SHOWN_CLASSES]
+    shown = np.sort(frequent) if len(teacher) <= _MOST_SHOWN_CLASSES else frequent
+    mean = {name: np.mean(several, 0) for name, several in maps.items()}
+    inherited = {
+        name: [x for of in several if (x := knowledge.inherited(of, teacher)) is not None]
+        for name, several in maps.items()
+        if name != "teacher"
+    }
+    return {
+        "calibration": calibrations,
+        "resemblance": {
+            "classes": [int(i) for i in shown],
+            "maps": {name: of[np.ix_(shown, shown)].tolist() for name, of in mean.items()},
+            "inherited": inherited,
+            "pairs": len(teacher) * (len(teacher) - 1),
+            "nearest": [
+                {
+                    "class": int(i),
+                    "other": (other := int(np.nan_to_num(mean["teacher"][i]).argmax())),
+                    "share": {name: float(of[i, other]) for name, of in mean.items()},
+                    "rank": {name: int((np.nan_to_num(of[i]) > of[i, other]).sum()) + 1 for name, of in mean.items()},
+                }
+                for i in shown
+                if np.isfinite(mean["teacher"][i]).all()
+            ],
+        },
+    }
+
+
+def _temperature(
+    logits: Mapping[str, Sequence[Array]],
+    labels: Array,
+    used: float | None,
+    losses: Mapping[str, Any],
+    key: str | None,
+) -> dict[str, Any]:
+    teacher = logits["teacher"][0]
+    found: dict[str, Any] = {"used": used, **knowledge.over_temperatures(teacher)}
+    soft = next((loss for loss in losses.values() if type(loss) is KD and not loss.standardize), None)
+    hard = next((loss for loss in losses.values() if type(loss) is HardLabel), None)
+    if soft is not None and key is not None and key in logits:
+        weights = float(soft.weight), float(hard.weight) if hard is not None else 0.0
+        found["weights"] = weights
+        if hard is not None:
+            found["gradient"] = {
+                "at the start": knowledge.gradient_share(np.zeros_like(teacher), teacher, labels, weights),
+                "at the end": knowledge.gradient_share(logits[key][0], teacher, labels, weights),
+            }
+    return found

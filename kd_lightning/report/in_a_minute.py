@@ -1,0 +1,153 @@
+"""What a stranger wants to know first: worth it or not, why, at which temperature, at which price."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kd_lightning.records import Interval
+from kd_lightning.report.facts import Facts, duration, times
+from kd_lightning.report.words import change, percent
+from kd_lightning.tasks import Headline
+
+
+class Card(NamedTuple):
+    """One question with its answer.
+
+    Attributes:
+        question: As one would ask it.
+        answer: In a few words.
+        why: In a sentence or two.
+        tone: ``good``, ``bad`` or ``open``, beside the words.
+    """
+
+    question: str
+    answer: str
+    why: str
+    tone: str = "open"
+
+
+def cards(facts: Facts) -> list[Card]:
+    """Return the four answers."""
+    return [_worth_it(facts), _reason(facts), _temperature(facts), _price(facts)]
+
+
+def _worth_it(facts: Facts) -> Card:
+    verdict = facts.verdict
+    if not verdict["decided"]:
+        return Card("Is distillation worth it here?", "Not decided", verdict["sentence"], "open")
+    said = verdict["sentence"].partition(": ")[2] or verdict["sentence"]
+    said = said[0].upper() + said[1:]
+    if verdict["worth_it"]:
+        return Card("Is distillation worth it here?", "Yes", said, "good")
+    return Card("Is distillation worth it here?", "No", said, "bad")
+
+
+def _reason(facts: Facts) -> Card:
+    """What of it is due to the teacher's labels, what to their softness."""
+    differences, verdict, headline = facts.verdict["differences"], facts.verdict, facts.headline
+    softness, labels = (differences.get(name) for name in ("distilled-control", "control-alone"))
+    if not verdict["decided"]:
+        return Card("Why?", "Too early to say", "One has to know first whether it helps.")
+    if softness is None or labels is None:
+        why = "There is no control on the teacher's hard labels, so what softness adds was not asked."
+        return Card("Why?", "Not asked", why)
+    why = (
+        f"The teacher's hard labels alone bring the student {_signed(headline, labels)}{_if_shown(labels)}, their "
+        f"softness a further {_signed(headline, softness)}{_if_shown(softness)}."
+    )
+    if softness["low"] > 0:
+        also = labels["low"] > 0
+        answer = "Softness, and the teacher's labels" if also else "The softness of the teacher's answers"
+        return Card("Why?", answer, why, "good")
+    if labels["low"] > 0:
+        return Card("Why?", "The teacher's labels, not their softness", why)
+    return Card("Why?", "Neither was shown to help on its own", why)
+
+
+def _temperature(facts: Facts) -> Card:
+    key = facts.distilled
+    question = "At which temperature?"
+    if key is None:
+        return Card(question, "–", "There is no distilled student.")
+    t, tried = facts.temperature(key), _tried(facts)
+    if t is None:
+        return Card(question, "None", f"{facts.models[key]['method']} has no temperature.")
+    if isinstance(t, tuple):
+        return Card(question, f"T from {t[0]:.3g} to {t[1]:.3g}", "It was scheduled, or learnt." + _softer(facts, t[0]))
+    if len(tried) > 1:
+        others = ", ".join(f"{x:.3g}" for x in sorted(tried) if x != t)
+        why = f"The best on the validation {facts.headline.units}; {others} were tried as well."
+    else:
+        why = "It is the only one that was tried; a sweep: kd-lightning -m losses.kd.temperature=1,2,4,8."
+    return Card(question, f"T = {t:.3g}", why + _softer(facts, t))
+
+
+def _softer(facts: Facts, t: float) -> str:
+    """Say what the temperature makes of the teacher's answers."""
+    found = facts.record.get("temperature")
+    if not found or t not in found["temperature"] or t == 1:
+        return ""
+    at, one = found["temperature"].index(t), found["temperature"].index(1.0)
+    return (
+        f" It raises what the teacher gives to other classes than its answer from {percent(found['others'][one])} % to "
+        f"{percent(found['others'][at])} % of the probability."
+    )
+
+
+def _tried(facts: Facts) -> set[float]:
+    found = (facts.temperature(key) for key, model in facts.models.items() if model["role"] == "distilled")
+    return {t for t in found if isinstance(t, float | int)}
+
+
+def _price(facts: Facts) -> Card:
+    question, key, served = "At which price?", facts.distilled, facts.served
+    if key is None or served is None:
+        return Card(question, "–", "There is no distilled student.")
+    own = facts.seconds(key)
+    spent = f"{duration(own)} of training for the student"
+    if "student" in facts.models:
+        spent += f" (alone: {duration(facts.seconds('student'))})"
+    teacher = facts.seconds("teacher") if "teacher" in facts.models else 0.0
+    if teacher:
+        spent += f", after {duration(teacher)} for the teacher"
+    said = f"{spent}. {serving(facts)} {_paid_back(facts)}"
+    return Card(question, duration(own + teacher) + " of training", said.strip())
+
+
+def _paid_back(facts: Facts) -> str:
+    """Say after how many requests the student's training has saved as much time as it took."""
+    served, key = facts.served, facts.distilled
+    if served is None or key is None or "teacher" not in facts.models:
+        return ""
+    large, small = (facts.figure(of, "latency_ms_p50") for of in ("teacher", served))
+    if not large or not small or large <= small:
+        return ""
+    training = facts.seconds(key) + (facts.seconds(served) if served != key else 0)
+    requests = training / ((large - small) / 1000)
+    power = 10 ** max(0, math.floor(math.log10(max(requests, 1))) - 1)
+    return f"That pays for the student's training after some {round(requests / power) * power:,.0f} requests."
+
+
+def serving(facts: Facts) -> str:
+    """Say what serving the student saves against the teacher, and what it costs."""
+    served = facts.served
+    if served is None or "teacher" not in facts.models:
+        return ""
+    found = []
+    for name, more, less in (("file_mb", "smaller", "larger"), ("latency_ms_p50", "faster", "slower")):
+        large, small = facts.figure("teacher", name), facts.figure(served, name)
+        if large and small:
+            ratio = large / small
+            found.append(f"{times(max(ratio, 1 / ratio))} {more if ratio >= 1 else less}")
+    difference = facts.headline.write_difference(abs(facts.value("teacher") - facts.value(served)))
+    better = facts.headline.better(facts.value(served), facts.value("teacher"))
+    found.append(f"{difference} {'better' if better else 'worse'} in {facts.headline.name}")
+    return f"Served is {facts.title(served)}: {', '.join(found)} than the teacher."
+
+
+def _if_shown(interval: Mapping[str, float]) -> str:
+    return "" if interval["low"] > 0 or interval["high"] < 0 else ", which was not shown"
+
+
+def _signed(headline: Headline, interval: Mapping[str, float]) -> str:
+    return change(headline, Interval(interval["mean"], interval["low"], interval["high"]))

@@ -1,0 +1,172 @@
+"""The page: each section where there is something to show, what came from outside as text, of a bounded size."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from kd_lightning.pipeline.compare import compare
+from kd_lightning.report.facts import Facts
+from kd_lightning.report.html import render, render_many
+from kd_lightning.report.in_a_minute import cards
+from kd_lightning.report.words import say
+from tests.pipeline.finished_runs import TASK, everything, runs, sweep
+from tests.report.records import by_task, record, several, verdict
+
+EVIL = '<script>alert("x")</script>&amp;'
+WITH_OUTPUTS = by_task()
+
+
+class Page(HTMLParser):
+    """What a browser makes of the page: elements, their attributes, the text of each section."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.sections, self._section, self._stack = [], {}, "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.elements.append((tag, given))
+        if tag == "section":
+            self._section = given.get("id", "minute")
+        self._stack.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._stack and self._stack.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self._stack):
+            self.sections[self._section] = self.sections.get(self._section, "") + data
+
+    def of(self, tag):
+        return [given for name, given in self.elements if name == tag]
+
+
+def page(**parts):
+    return Page(render(record(**parts)))
+
+
+def test_every_section_stands_where_there_is_something_to_show() -> None:
+    groups = {"by": "class", "names": ["a", "b"], "count": [3, 4], "models": {}}
+    for key, gain in {"teacher": 0.9, "student": 0.5, "distilled": 0.7, "distilled PTQ int8": 0.7}.items():
+        values = {"mean": [gain, gain - 0.1], "low": [gain] * 2, "high": [gain] * 2, "retention": [0.9, None]}
+        groups["models"][key] = values | {"agreement": [0.8, 0.7]}
+    shown = page(groups=groups, **WITH_OUTPUTS["classification"])
+    assert list(shown.sections)[-8:] == [
+        *("minute", "verdict", "knowledge", "temperature", "training", "groups", "quantization", "reproduce")
+    ]
+    linked = {given["href"] for given in shown.of("a")}
+    assert {f"#{key}" for key in list(shown.sections)[-7:]} <= linked
+    bare = page(of=compare(runs(teacher=0.9, student=0.7, distilled=0.8), TASK), training={"teacher": {}})
+    assert list(bare.sections)[-3:] == ["minute", "verdict", "reproduce"]
+
+
+def test_what_was_decided_is_said_with_its_figures() -> None:
+    of = verdict()
+    shown = page(of=of)
+    text = " ".join(shown.sections["verdict"].split())
+    for finding in say(of).findings:
+        assert finding in text
+    assert "Beware: distilled PTQ int8 does not run on integers alone" in text
+    for key, model in of.models.items():
+        assert f"{100 * model.value:.1f}" in text, key
+
+
+@pytest.mark.parametrize(
+    ("results", "answers"),
+    [
+        (everything(), ["Yes", "Softness, and the teacher's labels", "None"]),
+        (everything(control=0.74), ["Yes", "The softness of the teacher's answers", "None"]),
+        (everything(control=0.80), ["Yes", "The teacher's labels, not their softness", "None"]),
+        (runs(teacher=0.9, student=0.80, control=0.80, distilled=0.80), ["No", "Neither was shown", "None"]),
+        (runs(teacher=0.9, student=0.7, distilled=0.8), ["Yes", "Not asked", "None"]),
+        (runs(seeds=(0,), teacher=0.9, student=0.7, distilled=0.8), ["Not decided", "Too early to say", "None"]),
+        (sweep(), ["Yes", "Softness, and", "T = 2"]),
+    ],
+)
+def test_a_stranger_is_told_in_a_minute(results, answers) -> None:
+    found = cards(Facts(record(compare(results, TASK))))
+    for card, answer in zip(found, answers, strict=False):
+        assert card.answer.startswith(answer), card
+    assert found[-1].question == "At which price?"
+    assert found[-1].answer == "70 s of training"
+
+
+def test_the_price_is_what_was_measured() -> None:
+    price = cards(Facts(record()))[-1]
+    assert price.answer == "70 s of training"
+    assert "10 s of training for the student (alone: 10 s), after 60 s for the teacher." in price.why
+    assert "22 times smaller, 5.0 times faster, 10.0 points worse in accuracy than the teacher" in price.why
+    assert "some 62,000 requests" in price.why  # 10 s for the student and 10 s for its bits, at 0.32 ms each
+
+
+@pytest.mark.parametrize("task", WITH_OUTPUTS)
+def test_each_task_shows_examples_of_its_own_kind(task) -> None:
+    parts = WITH_OUTPUTS[task]
+    shown = page(**parts)
+    assert {one["rule"] for one in parts["examples"]} >= {"lot"}
+    assert len([given for given in shown.of("article") if given["class"].startswith("example")]) == len(
+        parts["examples"]
+    )
+    images = shown.of("img")
+    for given in images:
+        assert given["alt"]
+        assert base64.b64decode(given["src"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert bool(images) == (task in ("classification", "segmentation", "several labels", "vectors"))
+    text = shown.sections["knowledge"]
+    assert {"language model": "␣", "words": "word", "rows": "Target:", "several labels": "Labels:"}.get(
+        task, ""
+    ) in text
+
+
+def test_labels_and_names_from_outside_are_text() -> None:
+    parts = by_task([EVIL, "shirt", "coat", "bag"])["classification"]
+    groups = {"by": "class", "names": [EVIL, "b"], "count": [3, 4], "models": {}}
+    for key in ("teacher", "student", "distilled"):
+        groups["models"][key] = {"mean": [0.5, 0.6], "low": [0.5, 0.6], "high": [0.5, 0.6]}
+    text = render(record(name=EVIL, groups=groups, **parts))
+    shown = Page(text)
+    assert len(shown.of("script")) == len(Page(render(record())).of("script"))
+    assert EVIL in shown.sections["knowledge"]
+    assert EVIL in shown.sections["groups"]
+    assert "alert(" not in "".join(re.findall(r"<script.*?</script>", text, re.DOTALL))
+
+
+def test_nothing_is_loaded_and_the_size_is_bounded() -> None:
+    text = render(record(**WITH_OUTPUTS["segmentation"]))
+    shown = Page(text)
+    assert len(text.encode()) < 3_000_000
+    assert not [
+        given for tag, given in shown.elements if tag in ("link", "iframe") or given.get("src", "data:")[:5] != "data:"
+    ]
+    assert "default-src 'none'" in shown.of("meta")[2]["content"]
+
+
+def test_figures_say_what_they_show() -> None:
+    shown = page(**WITH_OUTPUTS["classification"])
+    figures = [given for given in shown.of("svg") if given["class"] == "figure"]
+    assert len(figures) > 10
+    for given in figures:
+        assert given["role"] == "img"
+        assert len(given["aria-label"]) > 20
+    assert all(given.get("aria-hidden") == "true" for given in shown.of("svg") if given not in figures)
+    text = render(record(**WITH_OUTPUTS["classification"]))
+    assert "nan" not in "".join(re.findall(r'(?:points|x|y|cx|cy)="[^"]*"', text))
+
+
+def test_several_pipelines_stand_side_by_side() -> None:
+    text = render_many([Facts(one, f"folder-{i}") for i, one in enumerate(several())])
+    shown = Page(text)
+    assert "worth it in 2 of these 2 pipelines: numbers 1 and 2" in shown.sections["minute"]
+    assert "another <pipeline>" in shown.sections["minute"]
+    assert "losses.kd.temperature" in text
+    with pytest.raises(ValueError, match="expected two pipelines or more"):
+        render_many([Facts(record())])
+
+
+def test_a_record_of_another_version_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"has version 0, expected 1: run the pipeline again"):
+        Facts(record(version=0))
