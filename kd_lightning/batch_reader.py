@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from kd_lightning.tasks.batch import Unwrapped
 
 _USUAL_NAMES = ("targets", "y", "Y")
 """What targets are called beside the names that a task knows."""
+_ENDS = ("start_positions", "end_positions")
+"""The same in question answering, (B,) each: (B, 2) together."""
 
 
 class BatchReader:
@@ -207,6 +210,9 @@ def _by_usual_name(batch: Any) -> Any:
     if has_part(batch, "image") and has_part(batch, "mask"):
         names.append("mask")
     found = [part for name in names if isinstance(part := select(batch, name, "target"), Tensor)]
+    ends = [select(batch, name, "target") for name in _ENDS if has_part(batch, name)]
+    if len(ends) == 2 and all(isinstance(end, Tensor) for end in ends):
+        found.append(torch.stack(ends, 1))
     return found[0] if len(found) == 1 else None
 
 

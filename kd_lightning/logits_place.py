@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.outputs import find_layer, name_of_logits, nearest_layers
+from kd_lightning.outputs import find_layer, nearest_layers, usual_logits
 from kd_lightning.selection import Selector, check_selector, describe, has_part, select
 
 _LAYER, _OUTPUT = "layer:", "output:"
@@ -69,8 +69,8 @@ class LogitsPlace:
                 )
             logits = select(output, selector, self.argument)
         else:
-            name = name_of_logits(output)
-            logits = output if name is None else select(output, name, self.argument)
+            usual = None if isinstance(output, Tensor) else usual_logits(output)
+            logits = output if usual is None else usual
         if isinstance(logits, Tensor) and logits.ndim:
             return logits
         if selector is None:
@@ -154,7 +154,7 @@ class LogitsPlace:
         if isinstance(output, Tensor):
             return False
         if layer is not None:
-            return name_of_logits(output) is None
+            return usual_logits(output) is None
         part = self._of_output
         return part is None or callable(part) or has_part(output, part)
 

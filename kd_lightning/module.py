@@ -216,8 +216,9 @@ class DistillationModule(LightningModule):
         checkpoint["state_dict"] = _under(state, _STUDENT)
         checkpoint["losses"] = _under(state, _OBJECTIVE)
         checkpoint["rng_states"] = rng_states()
-        if self.teacher is not None and self.teacher.learns:
-            checkpoint["teacher"] = self.teacher.state_dict()
+        of_teacher = {} if self.teacher is None else self.teacher.state_dict()
+        if of_teacher:
+            checkpoint["teacher"] = of_teacher
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint["state_dict"], self.student)

@@ -292,34 +292,37 @@ def run(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], laye
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in a network's output: a tensor, or an object or mapping with ``logits`` or ``prediction``.
+    """Return the logits in a network's output: a tensor, or what :func:`usual_logits` finds.
 
     Raises:
         TypeError: For anything else.
     """
-    if isinstance(output, Tensor):
-        return output
-    name = name_of_logits(output)
-    if name is not None:
-        logits: Tensor = output[name] if isinstance(output, Mapping) and name in output else getattr(output, name)
-        return logits
-    raise TypeError(
-        f"expected the network to return its logits as a tensor, or an object with .logits or .prediction, got "
-        f"{describe(output)}: wrap the network in a module whose forward returns the logits"
-    )
+    logits = output if isinstance(output, Tensor) else usual_logits(output)
+    if logits is None:
+        raise TypeError(
+            f"expected the network to return its logits as a tensor, or an object with .logits or .prediction, got "
+            f"{describe(output)}: wrap the network in a module whose forward returns the logits"
+        )
+    return logits
 
 
-def name_of_logits(output: Any) -> str | None:
-    """Return the key or attribute by which logits, or values, are usually called; None where there is none.
+def usual_logits(output: Any) -> Tensor | None:
+    """Return what an object or a mapping calls ``logits`` or ``prediction``; None where it has neither.
 
-    A ``prediction`` may also be the class that is predicted: floating-point numbers, a row a sample, are none.
+    Of transformers' question answering, ``start_logits`` and ``end_logits`` (B, S), these are both: (B, 2, S). A
+    ``prediction`` may also be the class that is predicted: it is left where it is no floating-point numbers.
     """
-    for name in ("logits", "prediction"):
-        if not isinstance(output, Tensor) and has_part(output, name):
-            part = select(output, name, "logits")
-            if isinstance(part, Tensor) and (name == "logits" or (part.is_floating_point() and part.ndim)):
-                return name
-    return None
+
+    def part(name: str) -> Any:
+        return select(output, name, "logits") if has_part(output, name) else None
+
+    logits, prediction = part("logits"), part("prediction")
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(prediction, Tensor) and prediction.is_floating_point() and prediction.ndim:
+        return prediction
+    ends = [part("start_logits"), part("end_logits")]
+    return torch.stack(ends, 1) if all(isinstance(end, Tensor) for end in ends) else None
 
 
 def check_name(argument: str, name: object) -> None:

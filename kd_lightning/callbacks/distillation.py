@@ -329,8 +329,11 @@ class Distillation(Callback):
         self._divergence.check_weights(self._outputs.network(pl_module), self.objective.peers)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"losses": self.objective.state_dict(), "rng_states": rng_states()}
-        return {**state, "teacher": self.teacher.state_dict()} if self.teacher.learns else state
+        state, of_teacher = (
+            {"losses": self.objective.state_dict(), "rng_states": rng_states()},
+            self.teacher.state_dict(),
+        )
+        return {**state, "teacher": of_teacher} if of_teacher else state
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave()

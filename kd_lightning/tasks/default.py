@@ -40,6 +40,8 @@ def _of_network(network: nn.Module) -> Task | None:
         return LanguageModelling(shift=False)
     if any(kind.endswith("ForTokenClassification") for kind in kinds):
         return TokenClassification(class_dim=2)
+    if any(kind.endswith("ForQuestionAnswering") for kind in kinds):
+        return Classification(class_dim=2, units="ends of answers")  # (B, 2, S): a softmax over the places of each end
     return None
 
 

@@ -1,9 +1,9 @@
 """Several teachers that speak as one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.outputs import AnyOutputs, EnsembleOutputs, Outputs
 from kd_lightning.tasks.batch import Batch
@@ -63,6 +63,14 @@ class Ensemble(TeacherSource):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for teacher in self.teachers:
             teacher.to(device, dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{i}.{key}": x for i, member in enumerate(self.teachers) for key, x in member.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for i, member in enumerate(self.teachers):
+            own = f"{i}."
+            member.load_state_dict({key.removeprefix(own): x for key, x in state.items() if key.startswith(own)})
 
     def _mixed(
         self, teachers: Sequence[Callable[[Batch, Iterable[str]], AnyOutputs]], batch: Batch, layers: Iterable[str]

@@ -1,7 +1,7 @@
 """A teacher that a runtime for inference runs, in int8."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,8 @@ class RuntimeTeacher(TeacherSource):
     """A frozen network that ONNX Runtime or OpenVINO runs on the CPU, wherever the student trains.
 
     It answers its first batches with the network itself and keeps them: with them it is quantised, and logs what that
-    changes of the probabilities. Each process, and each resumed training, does so with its own batches.
+    changes of the probabilities. Each process does so with its own batches. Those of the first process are in the
+    checkpoint, so that a resumed training has the same file.
 
     Args:
         network: Returns logits, or an object with ``.logits``; takes tensors. Frozen, for good, and in float32.
@@ -77,7 +78,6 @@ class RuntimeTeacher(TeacherSource):
         batch = on_cpu(batch, "a teacher through a runtime")
         if self._session is None and sum(map(_size, self._kept)) >= self.calibration_samples:
             self._session = self._open()
-            self._kept.clear()
         if self._session is None:
             self._kept.append(batch)
             outputs = self._float(batch)
@@ -90,6 +90,17 @@ class RuntimeTeacher(TeacherSource):
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Stay on the CPU, in float32."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the batches of the calibration, as far as it has come."""
+        return {f"{i}.{name}": x for i, batch in enumerate(self._kept) for name, x in _tensors(batch).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        batches: dict[str, dict[str, Tensor]] = {}
+        for key, x in state.items():
+            number, _, name = key.partition(".")
+            batches.setdefault(number, {})[name] = x
+        self._kept, self._session = [_batch(tensors) for tensors in batches.values()], None
 
     def _open(self) -> Session:
         """Make the file and load it; say what it changes."""
@@ -137,6 +148,16 @@ class RuntimeTeacher(TeacherSource):
                 f"RuntimeTeacher(layers={[*self.layers, *missing]}), or take a Teacher"
             )
         return layers
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """Return a batch's arguments by their positions and names."""
+    return {**{str(i): x for i, x in enumerate(batch.args)}, **batch.kwargs}
+
+
+def _batch(tensors: Mapping[str, Tensor]) -> Batch:
+    args = tuple(x for name, x in tensors.items() if name.isdecimal())
+    return Batch(args, {name: x for name, x in tensors.items() if not name.isdecimal()}, None)
 
 
 def _size(batch: Batch) -> int:

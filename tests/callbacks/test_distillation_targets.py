@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from kd_lightning import Distillation
 from kd_lightning.losses import KD, HardLabel
+from kd_lightning.tasks import Classification
 from tests.tiny import CLASSES, Network, assert_equal, good_teacher, samples, trainer, weights
 
 Point = namedtuple("Point", ["x", "y", "kind"])
@@ -195,3 +196,41 @@ def test_labels_of_another_number_than_the_outputs_in_a_later_step_are_explained
     message = r"the targets \(8,\) and the student's logits \(4, 4\) differ in the number.* target="
     with pytest.raises(ValueError, match=message):
         trainer(callbacks=[callback]).fit(Halving(lambda b: b), data(lambda x, y: (x, y)))
+
+
+class Speech(Reading):
+    """Frames (B, T, F) to logits of symbols (B, T, C), learnt by the CTC loss from texts (B, S) of another length."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(None, nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, CLASSES)))
+
+    def training_step(self, batch, batch_idx):
+        frames, texts, long, lengths = batch
+        return F.ctc_loss(self.net(frames).log_softmax(-1).transpose(0, 1), texts, long, lengths)
+
+    def validation_step(self, batch, batch_idx):
+        self.net(batch[0])
+
+
+def test_texts_of_another_length_than_the_logits() -> None:
+    random = torch.Generator().manual_seed(0)
+    frames, texts = torch.randn(16, 12, 3, generator=random), torch.randint(1, CLASSES, (16, 5), generator=random)
+    rows = list(zip(frames, texts, torch.full((16,), 12), torch.full((16,), 5), strict=True))
+
+    def distill(losses: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+        seed_everything(0, verbose=False)
+        callback = Distillation(Speech(8).net, losses, student="net", task=Classification(class_dim=2), **options)
+        it = trainer(callbacks=[callback], log_every_n_steps=1)
+        it.fit(Speech(), DataLoader(rows, batch_size=8), DataLoader(rows, batch_size=8))
+        return dict(it.callback_metrics)
+
+    for options in ({}, {"target": 1}):  # what reads no labels takes whatever they are
+        logged = distill({"kd": KD(temperature=2.0)}, **options)
+        assert logged["train/loss/kd"] > 0
+        assert "val/agreement" in logged
+        assert "val/teacher_acc" not in logged
+    message = r"the target is int64 of shape \(8, 5\), expected class indices \(N, 12\) for logits \(N, 12, 4\)"
+    with pytest.raises(ValueError, match=message):
+        distill({"hard_label": HardLabel()}, target=1)
+    with pytest.raises(TypeError, match=r"got a list of 4: .*target=1\), by a key"):
+        distill({"hard_label": HardLabel()})

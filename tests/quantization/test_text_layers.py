@@ -137,6 +137,23 @@ def test_gpt2_is_rounded_while_it_is_trained_and_its_float_weights_come_back(tmp
     assert not torch.equal(weights(again)["net.lm_head.weight"], weights(plain)["net.lm_head.weight"])
 
 
+def test_the_callback_says_which_share_a_recurrent_layer_keeps_in_float(caplog) -> None:
+    class Tagging(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Tagger()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with caplog.at_level("INFO"):
+        trainer(callbacks=[QuantizationAwareTraining(student="net")]).fit(Tagging(), DataLoader(TOKENS, batch_size=8))
+    assert "these are 32 of 1,012 parameters (3.2%); in float stay: LSTM 576, Embedding 400, bias 4" in caplog.text
+
+
 def test_what_cannot_be_traced_says_why() -> None:
     class Looping(nn.Module):
         def __init__(self) -> None:

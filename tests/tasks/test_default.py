@@ -226,9 +226,19 @@ def test_two_heads_over_positions_are_two_rows_of_logits() -> None:
     with torch.no_grad():
         z_s, z_t = (heads(of(**first)).double().log_softmax(-1) for of in (student, teacher))
         own = float(student(**first).loss)
-    losses = {"kl": ForwardKL(), "hard_label": HardLabel()}
-    found = through_callback(
-        student, teacher, losses, batches(rows), logits=heads, teacher_logits=heads, target=places, check_teacher=False
+    losses, options = {"kl": ForwardKL(), "hard_label": HardLabel()}, {"check_teacher": False}
+    told = through_callback(
+        student,
+        teacher,
+        losses,
+        batches(rows),
+        logits=heads,
+        target=places,
+        task=Classification(class_dim=2),
+        **options,
     )
+    student = network("Bert", "ForQuestionAnswering", 1)
+    found = through_callback(student, teacher, losses, batches(rows), **options)
+    assert found == told
     assert found["train/loss/kl"] == pytest.approx(float((z_t.exp() * (z_t - z_s)).sum(-1).mean()), rel=1e-4)
     assert found["train/loss/hard_label"] == pytest.approx(own, rel=1e-4)

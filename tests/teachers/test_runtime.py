@@ -1,16 +1,33 @@
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from kd_lightning import Distillation
 from kd_lightning.export.formats import FORMATS
 from kd_lightning.losses import KD, Hint
 from kd_lightning.outputs import Outputs
 from kd_lightning.tasks import Batch
 from kd_lightning.teachers.fastest import differences
 from kd_lightning.teachers.runtime import RuntimeTeacher
-from tests.tiny import CLASSES, distillation, good_teacher, loader, network, samples, trainer
+from tests.tiny import (
+    CLASSES,
+    assert_equal,
+    distillation,
+    good_teacher,
+    loader,
+    network,
+    samples,
+    sgd,
+    trainer,
+    weights,
+)
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, exc_type=ImportError)
@@ -86,6 +103,38 @@ def test_a_student_learns_the_same_from_it_to_what_int8_changes() -> None:
     int8, plain = trained(RuntimeTeacher(good_teacher(), calibration_samples=32)), trained("good")
     kl, _ = differences(Outputs(plain), Outputs(int8))
     assert 0 < kl < 2e-3
+
+
+class Theirs(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = network()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.student(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return sgd(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("door", "samples"), [("module", 32), ("callback", 160)], ids=["file made", "still calibrating"]
+)
+def test_a_resumed_training_ends_with_the_same_weights(door: str, samples: int, tmp_path: Path) -> None:
+    def fit(ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        teacher = RuntimeTeacher(good_teacher(), calibration_samples=samples)
+        options: dict[str, Any] = {"losses": {"kd": KD(temperature=4.0)}, "check_teacher": False}
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, enable_version_counter=False)
+        module: LightningModule = Theirs()
+        callbacks = [Distillation(teacher, student="student", **options), saving]
+        if door == "module":
+            module, callbacks = distillation(network(), teacher, **options), [saving]
+        it = trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=2)
+        it.fit(module, loader(128), ckpt_path=ckpt_path)  # 128 samples an epoch
+        return weights(module)
+
+    expected = fit()
+    assert_equal(fit(tmp_path / "epoch=0.ckpt"), expected)
 
 
 def test_layers_that_the_file_will_not_have_are_refused_before_the_first_step() -> None:

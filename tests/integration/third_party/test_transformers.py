@@ -61,6 +61,32 @@ def vit(width: int) -> Any:
     return transformers.ViTForImageClassification(config)
 
 
+def answering(width: int) -> Any:
+    sizes = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * width}
+    config = transformers.BertConfig(hidden_size=width, max_position_embeddings=16, **sizes)
+    return transformers.BertForQuestionAnswering(config)
+
+
+def t5(width: int) -> Any:
+    sizes = {"vocab_size": 60, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=width, decoder_start_token_id=0, **sizes)
+    )
+
+
+def segformer(width: int) -> Any:
+    sizes = {"depths": [1, 1], "sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        hidden_sizes=[width // 2, width],
+        num_attention_heads=[1, 2],
+        decoder_hidden_size=width,
+        num_labels=3,
+        **sizes,
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
 def sentences() -> list[dict[str, Any]]:
     tokens, classes = torch.randint(60, (32, 12), generator=RANDOM), torch.randint(3, (32,), generator=RANDOM)
     return [
@@ -78,17 +104,38 @@ def images() -> list[dict[str, Any]]:
     return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, classes, strict=True)]
 
 
-# How a model is made, its data, what the callback is told beside student=, two layers, and the share that is rounded.
+def questions() -> list[dict[str, Any]]:
+    ends = torch.randint(12, (32, 2), generator=RANDOM).sort(1).values
+    return [
+        {"input_ids": x, "start_positions": start, "end_positions": end}
+        for x, (start, end) in zip(torch.randint(60, (32, 12), generator=RANDOM), ends, strict=True)
+    ]
+
+
+def scenes() -> list[dict[str, Any]]:
+    pixels = torch.randn(16, 3, 32, 32, generator=RANDOM)
+    classes = torch.randint(3, (16, 32, 32), generator=RANDOM)
+    return [{"pixel_values": x, "labels": y} for x, y in zip(pixels, classes, strict=True)]
+
+
+# How a model is made, its data, a layer, and the share that is rounded. Of the callback's arguments none is needed.
 MODELS: dict[str, Any] = {
-    "bert": (bert, sentences, {}, "bert.encoder.layer.1.output", 0.7),
-    "gpt2": (gpt2, texts, {}, "transformer.h.1.mlp", 0.8),
-    "vit": (vit, images, {}, "vit.layers.1.mlp", 0.7),
+    "bert": (bert, sentences, "bert.encoder.layer.1.output", 0.7),
+    "gpt2": (gpt2, texts, "transformer.h.1.mlp", 0.8),
+    "vit": (vit, images, "vit.layers.1.mlp", 0.7),
+    "question answering": (answering, questions, "bert.encoder.layer.1.output", 0.7),
+    "t5": (t5, texts, "encoder.block.1.layer.1", 0.7),
+    "segformer": (segformer, scenes, "decode_head.batch_norm", 0.7),
 }
+MORE = [pytest.param(*MODELS[name], id=name, marks=pytest.mark.integration) for name in list(MODELS)[3:]]
 
 
-@pytest.mark.parametrize(("make", "data", "options", "layer", "share"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    ("make", "data", "layer", "share"),
+    [*(pytest.param(*MODELS[name], id=name) for name in list(MODELS)[:3]), *MORE],
+)
 def test_it_is_distilled_saved_resumed_and_rounded(
-    make: Any, data: Any, options: dict[str, Any], layer: str, share: float, tmp_path: Path
+    make: Any, data: Any, layer: str, share: float, tmp_path: Path
 ) -> None:
     batches = DataLoader(data(), batch_size=8)
     seed_everything(1, verbose=False)
@@ -98,7 +145,7 @@ def test_it_is_distilled_saved_resumed_and_rounded(
         seed_everything(0, verbose=False)
         module = Theirs(make, 16)
         losses = {"kd": KD(temperature=2.0), "hint": Hint(layer, layer)}
-        distillation = Distillation(teacher, losses, student="model", check_teacher=False, **options)
+        distillation = Distillation(teacher, losses, student="model", check_teacher=False)
         saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, enable_version_counter=False)
         settings = {"max_epochs": 2, "log_every_n_steps": 1, "enable_checkpointing": True}
         it = trainer(callbacks=[distillation, TemperatureSchedule(linear(4.0, 1.0)), *further, saving], **settings)
