@@ -12,9 +12,10 @@ import pytest
 from kd_lightning.cli import conf_dir
 from tests.command import environment
 
+ONE_PROGRAM = "From zero to distilled"  # in several pieces
 README = (Path(__file__).parents[2] / "README.md").read_text()
 PYTHON = {  # by section, where one may read what another wrote
-    section.partition("\n")[0]: blocks
+    section.partition("\n")[0]: ["\n".join(blocks)] if section.startswith(ONE_PROGRAM) else blocks
     for section in re.split(r"^##+ ", README, flags=re.MULTILINE)
     if (blocks := re.findall(r"```python\n(.*?)```", section, re.DOTALL)) and "# my_losses.py" not in section
 }
