@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Before torch is imported, here, in the workers and in the commands that tests start: with more processes than cores,
@@ -21,6 +22,18 @@ from tests.command import TINY, kd_lightning
 
 collect_ignore = ["benchmarks"]  # programs that print, and import each other as such
 
+LONG_FILES = (  # by what each takes
+    "reliability/test_interruptions.py",
+    "tracking/test_commands.py",
+    "test_configs.py",
+    "reliability/test_disk.py",
+    "pipeline/test_pipeline.py",
+    "pipeline/test_quantize.py",
+    "integration/test_own_task.py",
+    "integration/test_wheel.py",
+    "stored_outputs/test_faults.py",
+)
+"""Begun first, so that no worker is left with one of them at the end."""
 MOST_WORKERS = 8  # each imports torch, MLflow and the runtimes: about a gigabyte
 
 
@@ -30,6 +43,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if cores > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # the order of pytest_collection_modifyitems
+
+
+@pytest.hookimpl(trylast=True)  # of what is left to run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first, then those with the most tests; within a file, nothing changes."""
+    tests = Counter(item.path for item in items)
+    places = {path: i for i, path in enumerate(Path(__file__).parent / name for name in LONG_FILES)}
+    items.sort(key=lambda item: (places.get(item.path, len(places)), -tests[item.path], str(item.path)))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
