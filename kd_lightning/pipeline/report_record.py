@@ -3,12 +3,14 @@
 :mod:`kd_lightning.report.html` says it, from this file alone: no network is needed to make the page again.
 """
 
+import hashlib
 import json
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from kd_lightning.pipeline.report_tasks import of_answers, of_outputs
 from kd_lightning.pipeline.soft_outputs import soft_outputs
 from kd_lightning.records import Verdict, strict
 from kd_lightning.report.verdict_json import as_dict
+from kd_lightning.source_code import hash_of
 from kd_lightning.tasks import Task
 from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.journal import history
 
 VERSION = 1
+_OF_NETWORKS = ("classes", "places", "examples", "points", "calibration", "resemblance", "temperature", "looked_at")
 _PACKAGES = ("kd-lightning", "torch", "lightning", "onnxruntime", "openvino", "mlflow", "numpy")
 
 
@@ -56,7 +60,7 @@ def write_record(
     Returns:
         What was written.
     """
-    labels = _labels(verdict, finished)
+    labels, stages = _labels(verdict, finished), [_stage(stage) for stage in finished]
     shown = {key: labels[key] for key in ("teacher", "student", "control", verdict.distilled) if key in labels}
     record = {
         "version": VERSION,
@@ -68,8 +72,9 @@ def write_record(
         "seconds": _seconds(labels),
         "training": {key: _curves(stages) for key, stages in labels.items()},
         **of_answers(task, labels, data),
-        **_of_networks(task, shown, verdict, data),
-        "reproduce": _reproduce(finished, data, config),
+        **(_before(path, stages) or _of_networks(task, shown, verdict, data)),
+        "computed_by": _computed_by(),
+        "reproduce": {**_reproduce(data, config), "stages": stages},
     }
     record = strict(record)
     write_atomically(path, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -130,7 +135,36 @@ def _of_networks(
     return {**found, "looked_at": looked_at} if found else {}
 
 
-def _reproduce(finished: Sequence[FinishedStage], data: Data, config: Mapping[str, Any]) -> dict[str, Any]:
+def _before(path: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what an earlier record has of the outputs of the very same networks, by the same code; None of others."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        same = record["reproduce"]["stages"] == strict({"": stages})[""] and record["computed_by"] == _computed_by()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {name: record[name] for name in _OF_NETWORKS if name in record} if same else None
+
+
+@cache
+def _computed_by() -> str:
+    """Hash what computes of outputs what is shown."""
+    digest = hashlib.sha256()
+    for name in ("knowledge", "report_examples", "report_tasks", "shown_inputs", "soft_outputs"):
+        digest.update(hash_of((Path(__file__).parent / f"{name}.py").read_bytes()).encode())
+    return digest.hexdigest()[:12]
+
+
+def _stage(stage: FinishedStage) -> dict[str, Any]:
+    return {
+        "name": stage.training.name,
+        "fingerprint": stage.folder.fingerprint[:12],
+        "weights": stage.folder.identity().partition(" ")[2][:12],
+        "seconds": stage.result.figures.get("train_seconds"),
+        "test": stage.result.target_digest[:12],
+    }
+
+
+def _reproduce(data: Data, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "command": _command(),
         "config": _clean(json.loads(json.dumps(config, default=str))),
@@ -140,18 +174,14 @@ def _reproduce(finished: Sequence[FinishedStage], data: Data, config: Mapping[st
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "data": {"module": type(data.module).__name__, **data.described},
-        "stages": [
-            {
-                "name": stage.training.name,
-                "fingerprint": stage.folder.fingerprint[:12],
-                "weights": stage.folder.identity().partition(" ")[2][:12],
-                "seconds": stage.result.figures.get("train_seconds"),
-                "test": stage.result.target_digest[:12],
-            }
-            for stage in finished
-        ],
+        "data": {"module": type(data.module).__name__, **_digest(data), **data.described},
     }
+
+
+def _digest(data: Data) -> dict[str, str]:
+    """Return what tells the student's training, validation and test samples from others."""
+    found = data.fingerprint()
+    return {} if found is None else {"digest": hashlib.sha256(str(found[0]).encode()).hexdigest()[:12]}
 
 
 def _command() -> str | None:

@@ -68,13 +68,19 @@ def of_answers(task: Task, labels: Mapping[str, Sequence[FinishedStage]], data: 
                 by_model[key]["retention"] = (good / best).tolist()
             if not by_class:
                 by_model[key]["agreement"] = _agreement(task, labels[key], labels["teacher"], places)
-    by = {True: "class", False: _named_by(task)}[by_class or isinstance(task, Classification)]
     counts = None if by_class else [int(place.sum()) for place in places]
-    return {"groups": {"by": by, "names": list(names), "count": counts, "models": by_model}}
+    return {
+        "groups": {
+            "by": "class" if by_class else _named_by(task),
+            "names": list(names),
+            "count": counts,
+            "models": by_model,
+        }
+    }
 
 
 def _named_by(task: Task) -> str:
-    return "target" if isinstance(task, Regression) else "text"
+    return {LanguageModelling: "text", Regression: "target"}.get(type(task), "class")
 
 
 def _classes_of(task: Task, scores: Mapping[str, Sequence[Array]], data: Data) -> tuple[list[str], list[Array]]:

@@ -10,17 +10,15 @@ from kd_lightning.report.figures import Drawing, legend
 from kd_lightning.report.words import percent
 
 _RULES = {
-    "knowledge": (
-        "Where the teacher knows most beyond its answer",
-        "the highest entropy of what it says, at most one of each class",
-    ),
+    "knowledge": ("Where the teacher knows most beyond its answer", "the highest entropy of what it says"),
+    "error": ("Where the teacher is furthest off", "the largest error"),
     "disagreement": (
         "Where teacher and distilled student disagree most",
-        "the largest Jensen–Shannon divergence, at most one of each class",
+        "the largest Jensen–Shannon divergence of what the two say",
     ),
-    "error": ("Where the teacher is furthest off", "the largest error"),
-    "lot": ("Drawn by lot", "so that nobody has chosen them"),
+    "lot": ("Drawn by lot", "by a fixed seed, so that nobody has picked them"),
 }
+_DIFFERENCE = "the largest difference of what the two say"
 _RESEMBLING, _MUCH = 8, 0.5
 
 
@@ -40,8 +38,11 @@ def knowledge(facts: Facts) -> dict[str, Any] | None:
     groups = []
     for rule, (title, how) in _RULES.items():
         those = [_example(facts, one) for one in examples if one["rule"] == rule]
+        if those and rule == "disagreement" and "values" in those[0]:
+            how = _DIFFERENCE
         if those:
-            groups.append({"title": title, "how": how, "examples": those})
+            each = rule != "lot" and those[0].get("label") is not None
+            groups.append({"title": title, "how": how + ", one of each class" * each, "examples": those})
     points = facts.record.get("points")
     return {
         "groups": groups,
@@ -49,7 +50,7 @@ def knowledge(facts: Facts) -> dict[str, Any] | None:
         "looked_at": looked_at,
         "structure": _structure(facts),
         "drawings": [_predictions(facts, points)] if points else [],
-        "kind": facts.record["task"]["kind"],
+        "thing": "token" if facts.record["task"]["kind"] == "LanguageModelling" else "class",
     }
 
 
@@ -324,7 +325,11 @@ def _bits(facts: Facts, keys: Sequence[str]) -> list[Drawing]:
 
     drawings = []
     for title, xs, axis in (
-        ("Quality against bits", [bits(key) for key in every], svg.Axis("bits of a weight (logarithmic)", log=True)),
+        (
+            "Quality against bits",
+            [bits(key) for key in every],
+            svg.Axis("bits of a weight (logarithmic)", log=True, ticks=(4, 8, 16, 32)),
+        ),
         (
             "Quality against bytes",
             [facts.figure(key, "file_mb") or 0 for key in every],

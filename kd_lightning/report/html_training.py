@@ -7,7 +7,11 @@ from kd_lightning.report import svg
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.figures import Drawing, legend
 
-_TERMS = ("train/loss/", "train/loss_weighted/")
+_TERMS = {
+    "train/loss/": "Each loss as it is",
+    "train/loss_weighted/": "Each loss with its weight",
+    "train/grad_norm/": "Gradient norm of each loss",
+}
 _MOST_GROUPS_SHOWN = 40
 _NAMES = {
     "val/agreement": "agreement with the teacher, validation",
@@ -25,7 +29,7 @@ def training(facts: Facts) -> dict[str, Any] | None:
     drawings = []
     distilled = facts.distilled if facts.distilled in keys else None
     if distilled is not None:
-        for prefix, title in zip(_TERMS, ("Each loss as it is", "Each loss with its weight"), strict=True):
+        for prefix, title in _TERMS.items():
             drawings += _terms(facts, logged[distilled], prefix, title)
     names = list(dict.fromkeys(name for key in keys for name in logged[key]))
     rest = [n for n in names if not n.startswith((*_TERMS, "kd/temperature", "val/teacher_", "test/"))]
@@ -71,7 +75,9 @@ def _curve(facts: Facts, logged: Mapping[str, Mapping[str, Any]], keys: Sequence
             series.append(svg.Series(facts.title(key), facts.role(key), c["step"], mean, low, high))
     if not series:
         return None
-    title = _NAMES.get(name, name)
+    split, _, rest = name.partition("/")
+    plain = f"{rest.replace('_', ' ')}, validation" if split == "val" else name.replace("_", " ")
+    title = _NAMES.get(name, plain)
     if name == f"val/{facts.headline.key}":
         title = f"{facts.headline.name}, validation"
     alt = f"{title}: " + ", ".join(f"{s.label} from {s.y[0]:.3g} to {s.y[-1]:.3g}" for s in series)

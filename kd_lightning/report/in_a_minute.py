@@ -61,7 +61,7 @@ def _reason(facts: Facts) -> Card:
         return Card("Why?", answer, why, "good")
     if labels["low"] > 0:
         return Card("Why?", "The teacher's labels, not their softness", why)
-    return Card("Why?", "Neither was shown to help on its own", why)
+    return Card("Why?", "Neither was shown to help", why)
 
 
 def _temperature(facts: Facts) -> Card:
@@ -78,7 +78,9 @@ def _temperature(facts: Facts) -> Card:
         others = ", ".join(f"{x:.3g}" for x in sorted(tried) if x != t)
         why = f"The best on the validation {facts.headline.units}; {others} were tried as well."
     else:
-        why = "It is the only one that was tried; a sweep: kd-lightning -m losses.kd.temperature=1,2,4,8."
+        why = "It is the only one that was tried."
+        if str(facts.models[key]["method"]).startswith("kd-T"):
+            why = "It is the only one that was tried. A sweep: kd-lightning -m losses.kd.temperature=1,2,4,8."
     return Card(question, f"T = {t:.3g}", why + _softer(facts, t))
 
 

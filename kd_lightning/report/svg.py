@@ -72,6 +72,7 @@ class Axis(NamedTuple):
         low: Where it begins at least; from the data where None.
         high: Where it ends at least.
         write: How a tick is written.
+        ticks: Where they are; at round numbers where none are given.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Axis(NamedTuple):
     low: float | None = None
     high: float | None = None
     write: Callable[[float], str] | None = None
+    ticks: Sequence[float] = ()
 
 
 class Point(NamedTuple):
@@ -221,7 +223,7 @@ def ticks(low: float, high: float, log: bool = False, most: int = 5) -> list[flo
     """Return round numbers from one to another.
 
     >>> ticks(0, 1), ticks(1, 20, log=True)
-    ([0.0, 0.25, 0.5, 0.75, 1.0], [1, 2, 5, 10, 20])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [1, 2, 5, 10, 20])
     """
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -258,11 +260,11 @@ class _Frame:
     def axes(self) -> str:
         right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
         drawn = []
-        for v in ticks(self.low[1], self.high[1], self.axis[1].log):
+        for v in self._ticks(1):
             at = self.y(v)
             drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
             drawn.append(_tick(self._write(1, v), f'x="{_LEFT - 5}" y="{at + 4:.1f}" text-anchor="end"'))
-        for v in ticks(self.low[0], self.high[0], self.axis[0].log):
+        for v in self._ticks(0):
             at = self.x(v)
             drawn.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
             drawn.append(_tick(self._write(0, v), f'x="{at:.1f}" y="{bottom + 16}" text-anchor="middle"'))
@@ -272,6 +274,10 @@ class _Frame:
         for axis, place in zip(self.axis, (below, beside), strict=True):
             drawn.append(f'<text class="title" {place} text-anchor="middle">{escape(axis.title)}</text>')
         return "".join(drawn)
+
+    def _ticks(self, i: int) -> Sequence[float]:
+        low, high, axis = self.low[i], self.high[i], self.axis[i]
+        return [v for v in axis.ticks if low <= v <= high] if axis.ticks else ticks(low, high, axis.log)
 
     def _share(self, i: int, value: float) -> float:
         low, high = self.low[i], self.high[i]

@@ -42,13 +42,13 @@
     });
     const [large, small] = lines, saves = large.daily - small.daily, extra = small.once - large.once;
     const when = saves > 0 ? extra / saves : Infinity;
-    if (first && Number.isFinite(when)) of("days").value = Math.max(1, Number((3 * when).toPrecision(1)));
+    if (first && Number.isFinite(when)) of("days").value = Math.max(0.1, Number((3 * when).toPrecision(1)));
     first = false;
     const days = number("days") || 1;
     const at = `at ${requests.toLocaleString("en")} requests a day`;
     document.getElementById("paid").textContent = saves > 0
-      ? `Training the student is paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${small.title} ${time(small.seconds)} of a core, and the teacher ${time(large.seconds)}: with ${small.quality} in place of ${large.quality}.`
-      : `It is never paid back by serving ${at}: they take ${small.title} ${time(small.seconds)} of a core a day, and the teacher ${time(large.seconds)}.`;
+      ? `Training the student is paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
+      : `It is never paid back by serving ${at}: they take ${time(small.seconds)} of computing a day with ${small.title}, and ${time(large.seconds)} with the teacher.`;
     const top = Math.max(...lines.map((l) => l.once + l.daily * days)) || 1;
     const x = (d) => L + d / days * (W - L - R), y = (c) => H - B - c / top * (H - T - B);
     let body = "";
