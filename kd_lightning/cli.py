@@ -83,7 +83,7 @@ def _hydra_main(config: DictConfig) -> float | None:
         kd_lightning.load()
         from kd_lightning.command import run
 
-    return run(config, _experiment(), _overrides(), quiet="quiet" in _flags, as_json="json" in _flags)
+    return run(config, _base(), _overrides(), quiet="quiet" in _flags, as_json="json" in _flags)
 
 
 def _overrides() -> list[str]:
@@ -91,8 +91,10 @@ def _overrides() -> list[str]:
     return [*(o for o in overrides.hydra if o.startswith("hydra.searchpath")), *overrides.task]
 
 
-def _experiment() -> str | None:
-    choice = HydraConfig.get().runtime.choices.get("experiment")
+def _base() -> str | None:
+    """Return what a pipeline is of: its experiment, or else its data."""
+    choices = HydraConfig.get().runtime.choices
+    choice = choices.get("experiment") or choices.get("data")
     return str(choice) if choice else None
 
 

@@ -14,21 +14,19 @@ from kd_lightning.configuration.assembling import pipeline
 from kd_lightning.records import Verdict
 from kd_lightning.report.verdict_json import text_of
 from kd_lightning.report.words import say
-from kd_lightning.tracking.calls import without_credentials
-from kd_lightning.tracking.store import store_uri
 
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, OmegaConfBaseException)
 """What a user can have caused: said in a line, with HYDRA_FULL_ERROR=1 as a traceback."""
 
 
 def run(
-    config: DictConfig, experiment: str | None, overrides: Sequence[str], *, quiet: bool = False, as_json: bool = False
+    config: DictConfig, base: str | None, overrides: Sequence[str], *, quiet: bool = False, as_json: bool = False
 ) -> float | None:
     """Run a pipeline, and say what came of it.
 
     Args:
         config: As it was composed.
-        experiment: The pipeline's name, unless the configuration has one.
+        base: Experiment or data, with which the pipeline's name begins, unless the configuration has a name.
         overrides: With which it was composed.
         quiet: Print the sentence alone.
         as_json: Print ``verdict.json`` alone.
@@ -37,7 +35,7 @@ def run(
         What a Hydra sweeper optimises; None without a verdict.
     """
     try:
-        job = pipeline(config, experiment, overrides)
+        job = pipeline(config, base, overrides)
         if quiet or as_json:
             job.console = Console(quiet=True)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there, too
@@ -53,8 +51,6 @@ def run(
         print(text_of(verdict))
     elif quiet:
         print(say(verdict).sentence)
-    elif config.logger:
-        _say_where(job.console, config.logger.get("tracking_uri"))
     return sweep_objective(verdict)
 
 
@@ -66,12 +62,3 @@ def sweep_objective(verdict: Verdict) -> float | None:
     """
     chosen = verdict.models.get(verdict.distilled or "")
     return chosen.figures.get("val") if chosen is not None else None
-
-
-def _say_where(console: Console, tracking_uri: str | None) -> None:
-    uri = without_credentials(store_uri(tracking_uri))
-    console.print()
-    if uri.startswith(("http:", "https:")):
-        console.print(f"Every run: {uri}", highlight=False)
-    else:
-        console.print(f"Every run, side by side: mlflow ui --backend-store-uri {uri}", highlight=False, soft_wrap=True)

@@ -231,15 +231,6 @@ class Model:
     against_reference_p: float | None = None
     quantized: Quantized | None = None
 
-    def metrics(self, headline: Headline) -> dict[str, float | None]:
-        """Return what MLflow shows of a model in the parent run, by ``final/<model>/<key>``."""
-        return {
-            headline.key: self.value,
-            f"{headline.key}_sd": self.sd,
-            "retention": self.retention,
-            "gap_closed": self.gap_closed.mean if self.gap_closed else None,
-        }
-
     def to_dict(self, headline: Headline) -> dict[str, Any]:
         """For strict JSON. Every figure is there, None where it was not measured."""
         name = headline.name.replace(" ", "_")
@@ -326,8 +317,26 @@ class Verdict:
         return self.reason in ("shown", "costs", "not_shown")
 
     def metrics(self) -> dict[str, float | None]:
-        """Return what MLflow shows of the verdict in the parent run, beside :meth:`Model.metrics`."""
+        """Return what MLflow shows of the verdict in the parent run: by it pipelines are compared.
+
+        The names that a run of the distilled student has, with its means over the seeds; and ``<headline>_alone`` and
+        ``<headline>_teacher``.
+        """
+        key, distilled = self.headline.key, self.models.get(self.distilled or "")
+        values: dict[str, float | None] = {}
+        if distilled is not None:
+            figures = {f"final/{_name(figure.key, key)}": distilled.figures.get(figure.key) for figure in FIGURES}
+            values = {
+                f"final/{key}": distilled.value,
+                f"final/{key}_sd": distilled.sd,
+                "final/agreement": distilled.agreement,
+                "final/retention": distilled.retention,
+                **figures,
+            }
+        for name, role in (("alone", "student"), ("teacher", "teacher")):
+            values[f"final/{key}_{name}"] = self.models[role].value if role in self.models else None
         return {
+            **values,
             "final/worth_it": float(self.worth_it),
             "final/decided": float(self.decided),
             "final/gap_closed": self.gap_closed.mean,

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from kd_lightning.configuration.arguments import ConfigurationError, check_arguments, errors_at
 from kd_lightning.configuration.keys import STAGES, check_keys
+from kd_lightning.configuration.names import method_name, pipeline_name
 from kd_lightning.configuration.parts import Part, by_name, target_of
 from kd_lightning.pipeline.pipeline import Pipeline
 from kd_lightning.pipeline.quantize import QuantizationPlan
@@ -27,15 +28,14 @@ from kd_lightning.teachers import Stored, Teacher
 
 _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _NOT_CHOSEN = ("hard_label", {"weight": 1.0})  # what config.yaml sets of a loss that the defaults list did not take
-_WRITERS = ("on_policy", "sequence_level")
 
 
-def pipeline(config: DictConfig, experiment: str | None = None, overrides: Sequence[str] = ()) -> Pipeline:
+def pipeline(config: DictConfig, base: str | None = None, overrides: Sequence[str] = ()) -> Pipeline:
     """Turn a composed configuration into a pipeline, while Hydra is initialised.
 
     Args:
         config: As it was composed.
-        experiment: The pipeline's name, unless the configuration has one.
+        base: Experiment or data, with which the pipeline's name begins, unless the configuration has a name.
         overrides: With which it was composed; variants are composed with them, too.
 
     Raises:
@@ -60,8 +60,10 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
             for member, of in _members(variant).items() if role != "student" else ():
                 if member != "teacher":
                     members[member] = _teacher(variant, member, of)
+    logger = dict(resolved["logger"] or {})
+    register = logger.pop("register", None)
     return Pipeline(
-        name=resolved["name"] or experiment or "kd-lightning",
+        name=resolved["name"] or pipeline_name(base or "kd-lightning", overrides),
         task=task,
         teacher=teacher,
         members=list(members.values()),
@@ -72,7 +74,8 @@ def pipeline(config: DictConfig, experiment: str | None = None, overrides: Seque
         config=resolved,
         work_dir=Path(resolved["work_dir"]),
         console=Console(width=None if sys.stdout.isatty() else 100),
-        make_logger=Part(resolved["logger"], "logger").bound() if resolved["logger"] else None,
+        make_logger=Part(logger, "logger").bound() if logger else None,
+        register=register,
         verdict="verdict" in config.stages,
         reference=resolved["reference"],
     )
@@ -228,7 +231,7 @@ def _training(
     return Training(
         role=role,
         label=label,
-        method=weights if checkpoint is not None else _method(losses.node, parts["callbacks"].node),
+        method=weights if checkpoint is not None else method_name(losses.node, parts["callbacks"].node),
         seed=seed,
         config={**config, "seed": seed},
         task=_task(parts["task"]),
@@ -247,18 +250,6 @@ def _training(
             **(paths or {}),
         },
     )
-
-
-def _method(losses: Mapping[str, Any], callbacks: Mapping[str, Any]) -> str:
-    """Name a method by its losses: ``kd-T4``; the labels' own loss is named only where it is alone.
-
-    And by who writes the texts, where that is not the data set: ``reverse_kl-T1+on_policy``.
-    """
-    names = [name for name in losses if name != "hard_label"] or list(losses)
-    with_temperature = [
-        f"{name}-T{losses[name]['temperature']:g}" if "temperature" in losses[name] else name for name in names
-    ]
-    return "+".join([*with_temperature, *(name for name in _WRITERS if name in callbacks)])
 
 
 def _variants(config: DictConfig, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -32,6 +32,8 @@ class Data:
       Where the set says ``deterministic = True``, a teacher's outputs for it are stored once for all seeds.
     - ``fingerprint()``: a string that changes with what this role sees of training, validation and test, and
       ``batch_size``: a stage is used again where both are the same; else where its configuration and code are.
+    - ``digests()``: hash and number of the samples by what they are for (``training``, ``validation``, ``test``), which
+      MLflow shows as datasets; without it the hashes are of the fingerprint, or of the configuration.
     - ``class_names``: in errors, in the verdict and in exported files; ``mean`` and ``std`` of the inputs: in these.
     - ``counts``: how many samples there are by name, which is logged; ``counts["unlabelled"]``: how many the distilled
       student has beyond those of the student alone. ``described``: further names and numbers that are logged.
@@ -70,6 +72,7 @@ class Data:
         for name, fits, expected in (
             ("training_set", callable, "a method that returns the training set"),
             ("fingerprint", callable, "a method that returns a string"),
+            ("digests", callable, "a method that returns (hash, number) by split"),
             ("wrappers", _is_list, "a list of functions, empty at first"),
             ("batch_size", _is_count, "a whole number of 1 or more"),
             ("class_names", _are_names, "names, one for each class"),
@@ -123,6 +126,11 @@ class Data:
         """Return what a stage is used again by; None where the module does not say."""
         own = self._found("fingerprint")
         return None if own is None else [own(), self._found("batch_size")]
+
+    def digests(self) -> dict[str, tuple[str, int]] | None:
+        """Return hash and number of the samples of each split; None where the module does not say."""
+        own = self._found("digests")
+        return None if own is None else own()
 
     def training_set(self) -> Any:
         """Return the data set that the training goes through, beneath all that was put around it.

@@ -79,6 +79,16 @@ class RoleData(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         return in_order(self.subset("test"), self.eval_batch_size, self.num_workers)
 
+    def digests(self) -> dict[str, tuple[str, int]]:
+        """Return hash and number of the samples of each split that this role sees, as MLflow shows them."""
+        return {
+            name: (hashlib.sha256(subset.content()).hexdigest(), len(subset)) for name, subset in self.parts().items()
+        }
+
+    def parts(self) -> dict[str, Subset]:
+        """Return what this role sees: ``training``, ``validation`` and ``test``."""
+        return {"training": self.training_set(), "validation": self.subset("validation"), "test": self.subset("test")}
+
     def fingerprint(self) -> str:
         """Hash the inputs, targets and kind of augmentation that this role's training, the validation and the test see.
 

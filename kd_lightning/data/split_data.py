@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kd_lightning.data.role_data import RoleData
+from kd_lightning.data.role_data import RoleData, Subset
 
 
 class SplitData(RoleData):
@@ -17,6 +17,14 @@ class SplitData(RoleData):
         if self.role in ("teacher", "student"):
             return labelled
         return labelled.joined(self.subset("unlabelled"))
+
+    def parts(self) -> dict[str, Subset]:
+        """Return what this role sees, the samples without labels apart: ``unlabelled``."""
+        parts = super().parts()
+        unlabelled = self.subset("unlabelled")
+        if self.role in ("teacher", "student") or not len(unlabelled):
+            return parts
+        return {**parts, "training": self.subset("labelled"), "unlabelled": unlabelled}
 
 
 def check_counts(**counts: int) -> None:

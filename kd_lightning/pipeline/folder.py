@@ -29,6 +29,7 @@ from kd_lightning.tracking.runs import is_rank_zero
 
 LAST = "last.ckpt"
 _WEIGHTS, _PREDICTIONS, _FILE, _RESULT = "final.ckpt", "predictions.npz", "model.onnx", "result.json"
+_EXAMPLE = "example.npz"
 _LOCK, _OWNER = "lock", "owner"
 _POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ class StageFolder:
         """Of what is served: quantised, or in fp32 where that was asked for."""
         return self.path / _FILE
 
+    @property
+    def example(self) -> Path:
+        """The inputs of one sample, by the names that they have in an exported file; not there for other inputs."""
+        return self.path / _EXAMPLE
+
     def last_checkpoint(self) -> Path | None:
         """Return the checkpoint of an interrupted training, if there is one that is whole, and of this stage."""
         file = self.path / LAST
@@ -78,6 +84,7 @@ class StageFolder:
         result: Result,
         losses: Mapping[str, Tensor] | None = None,
         validation: Tensor | None = None,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         """Write what stays.
 
@@ -86,6 +93,7 @@ class StageFolder:
             result: Of its test, or of its file's.
             losses: What they have learnt.
             validation: Its answers on the validation split, where others are judged by them.
+            example: Arrays that it takes, by name.
         """
         weights, packed = io.BytesIO(), io.BytesIO()
         arrays: dict[str, Any] = {"answers": result.answers, "scores": result.scores}
@@ -95,6 +103,10 @@ class StageFolder:
             arrays["validation"] = validation.numpy()
         np.savez_compressed(packed, **arrays)
         write_atomically(self.path / _PREDICTIONS, packed.getvalue())
+        if example is not None:
+            inputs = io.BytesIO()
+            np.savez(inputs, **example)
+            write_atomically(self.example, inputs.getvalue())
         files = [_WEIGHTS, _PREDICTIONS, *([_FILE] if result.quantized is not None else [])]
         self._write(strict({"headline": self._headline(result), **result.to_dict()}), files)
         (self.path / LAST).unlink(missing_ok=True)
@@ -135,6 +147,12 @@ class StageFolder:
         The fingerprint says how they were made; on some devices that gives other weights each time.
         """
         return f"{self.fingerprint} {self._recorded()['files'][_WEIGHTS]}"
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the weights, ``weights``, and of the exported file, ``file``, where it is there."""
+        recorded = self._recorded()["files"]
+        names = {"weights": _WEIGHTS, "file": _FILE}
+        return {key: recorded[name] for key, name in names.items() if name in recorded}
 
     def has_file(self) -> bool:
         """Tell whether the exported file is there, as it was written; a line names one that is not."""
@@ -198,6 +216,8 @@ class FinishedStage:
     reused: bool
     architecture: Callable[[], nn.Module]
     """Makes the network as it was trained: the training's, but for a loss that changes the student's architecture."""
+    inputs: Callable[[], list[dict[str, Any]]] = list
+    """Describes its data, see :func:`~kd_lightning.data.inputs.inputs_of`."""
     run_id: str | None = None
     """The key of the run to which this command logs it."""
 

@@ -20,6 +20,7 @@ from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
 from kd_lightning.pipeline.compare import against_teacher, compare
 from kd_lightning.pipeline.folder import FinishedStage, held_if_free
+from kd_lightning.pipeline.logged import best_model, file_model, network_model
 from kd_lightning.pipeline.measure import NAMES, measure, measure_files, measure_writing
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
@@ -31,12 +32,14 @@ from kd_lightning.records import Verdict
 from kd_lightning.report.facts import RECORD
 from kd_lightning.report.html import write_report
 from kd_lightning.report.markdown import as_markdown
+from kd_lightning.report.table import temperature
 from kd_lightning.report.terminal import StageProgress, print_verdict
 from kd_lightning.report.verdict_json import write_verdict
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
-from kd_lightning.tracking.logger import check_writable, safe_name
+from kd_lightning.tracking.logger import check_writable
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
+from kd_lightning.tracking.view import look
 
 RAISE_ERRORS_OF_REPORT = "KD_RAISE_ERRORS_OF_REPORT"
 """Variable of the environment with which a report that cannot be written is an error, as in tests; 1 for yes."""
@@ -63,6 +66,7 @@ class Pipeline:
         console: Where progress and verdict are printed.
         verdict: Whether to compare at the end.
         reference: Label of the distilled model with which the others are compared; None for no such table.
+        register: Name under which the model that the verdict would serve is registered; None for nothing.
 
     Raises:
         ValueError: For a training whose teacher is not there, and a reference that is no distilled model.
@@ -82,6 +86,7 @@ class Pipeline:
     console: Console = field(default_factory=Console)
     verdict: bool = True
     reference: str | None = None
+    register: str | None = None
 
     def __post_init__(self) -> None:
         known = [training.label for training in (self.teacher, *self.members) if training is not None]
@@ -131,6 +136,9 @@ class Pipeline:
         with held_if_free(folder) if is_rank_zero() else nullcontext(False) as alone:
             own = folder if alone else folder.with_name(f"{folder.name}-{uuid4().hex[:8]}")
             tracking = Tracking(self.make_logger, self.name, self.config, own)
+            size = "size_mb" if self.quantized is None else "file_mb"
+            shown = [f"final/{name}" for name in ("agreement", "retention", size, "latency_ms_p50")]
+            tracking.log(tracking.run_id, "comparison", headline=self.task.headline.key, figures=shown)
             try:
                 finished = self._run_stages(tracking)
                 if not is_rank_zero():
@@ -141,6 +149,9 @@ class Pipeline:
                 tracking.close("KILLED" if interrupted else "FAILED")
                 raise
             tracking.close("FINISHED")
+            if tracking.place is not None:
+                self.console.print()
+                self.console.print(tracking.place, highlight=False, soft_wrap=True)
             return verdict
 
     def _trainings(self) -> list[Training]:
@@ -176,7 +187,8 @@ class Pipeline:
     def _run_one(
         self, training: Training, finished: Mapping[str, FinishedStage], tracking: Tracking, progress: StageProgress
     ) -> FinishedStage:
-        tags = {"kd.role": training.role, "kd.method": training.method, "kd.seed": training.seed}
+        tags: dict[str, Any] = {"kd.role": training.role, "kd.method": training.method, "kd.seed": training.seed}
+        tags |= look(training.role, len(tracking.runs))
         training = with_members(training, finished)
         stage = run_stage(
             training,
@@ -190,10 +202,17 @@ class Pipeline:
             tracking.reused(training.name, tags, training.config, stage.folder.path)
         run_id = tracking.runs.get(training.name)
         stage = replace(stage, run_id=run_id)  # variants may share a name
-        if not stage.reused:
-            tracking.artifact(run_id, stage.folder.weights)
-            if training.quantization is not None:
-                tracking.artifact(run_id, stage.folder.file)
+        for described in stage.inputs() if run_id is not None else ():
+            tracking.log(run_id, "dataset", **described)
+        if stage.result.temperature is not None:
+            tracking.tag(run_id, "kd.temperature", temperature(stage.result.temperature))
+        if run_id is not None:
+            network = network_model(stage)
+            for model in (network, file_model(stage)):
+                if model is not None:
+                    tracking.log(run_id, "model", **model)
+            if network is None and not stage.reused:
+                tracking.artifact(run_id, stage.folder.weights)
         values: dict[str, float | None] = {**stage.result.metrics(self.task.headline)}
         teacher = stage if training.role == "teacher" else finished.get("teacher")
         if teacher is not None:
@@ -223,6 +242,9 @@ class Pipeline:
             cost = {key: x for key, x in costs[stage.result.label].items() if key not in stage.result.figures}
             results.append(replace(stage.result, figures={**stage.result.figures, **cost}, parts=of_parts))
             tracking.metrics(stage.run_id, {f"final/{key}": value for key, value in cost.items()})
+            file = file_model(stage) if stage.result.quantized is None else None
+            if file is not None:  # it was written to be measured
+                tracking.log(stage.run_id, "model", **file)
         verdict = compare(
             results,
             self.task,
@@ -232,11 +254,10 @@ class Pipeline:
             processor=describe(),
         )
         write_verdict(verdict, path)
-        values = verdict.metrics()
-        for label, model in verdict.models.items():
-            of_model = model.metrics(self.task.headline)
-            values |= {f"final/{safe_name(label)}/{key}": value for key, value in of_model.items()}
-        tracking.metrics(tracking.run_id, values)
+        tracking.metrics(tracking.run_id, verdict.metrics())
+        best = best_model(verdict, finished) if self.register else None
+        if best is not None:
+            tracking.log(tracking.run_id, "register", name=self.register, digest=best["digest"])
         tracking.artifact(tracking.run_id, path)
         tracking.tag(tracking.run_id, "mlflow.note.content", as_markdown(verdict))
         self.console.print()

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from kd_lightning.callbacks import QuantizationAwareTraining
 from kd_lightning.checkpoint import load_weights
 from kd_lightning.data.contract import Data
+from kd_lightning.data.inputs import inputs_of
 from kd_lightning.evaluation import Evaluation, as_array, beside_teacher, evaluate, teacher_entropy
+from kd_lightning.export.batches import feed, on_cpu, part, tensors
 from kd_lightning.first_batches import loader_batches
 from kd_lightning.objective import DistillationObjective, find_objective
 from kd_lightning.outputs import Outputs, run
@@ -73,7 +75,11 @@ def run_stage(
     identities = (stage.folder.identity() if stage is not None else None for stage in (teacher, judge))
     folder = StageFolder(stages, training, training.fingerprint(data, *identities))
     finished = partial(
-        FinishedStage, training=training, folder=folder, architecture=partial(_architecture, training, data, teacher)
+        FinishedStage,
+        training=training,
+        folder=folder,
+        architecture=partial(_architecture, training, data, teacher),
+        inputs=partial(inputs_of, data, training.config.get("data")),
     )
     with held_by_ranks(folder.path, f"the stage {training.name}"):
         result = folder.result()
@@ -195,11 +201,19 @@ def _make(
         if training.quantization is not None:
             result = training.quantization.serve(result, network, data, folder.file, judge)
         kept = None if training.task.labelled or training.role != "teacher" else validation
-        folder.finish(network, result, fit.losses, kept)
+        folder.finish(network, result, fit.losses, kept, _example(training.task, data))
     if fit.trainer is not None:
         fit.trainer.strategy.barrier("the stage's files are written")
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _example(task: Task, data: Data) -> dict[str, Any] | None:
+    """Return the inputs of one sample, as an exported file gets them; None where they are more than tensors."""
+    batch = task.read(next(iter(data.val_dataloader())))
+    if not all(isinstance(x, Tensor) for x in tensors(batch)):
+        return None
+    return feed(on_cpu(part(batch, slice(1)), "an example"))
 
 
 def _teacher_of(training: Training, data: Data, teacher: FinishedStage | None, stages: Path) -> TeacherSource | None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kd_lightning.records import FIGURES, Figure, Model, Verdict
+from kd_lightning.records import FIGURES, Figure, Verdict
 from kd_lightning.report.words import change, percent, title
 from kd_lightning.tasks import Headline
 
@@ -38,7 +38,7 @@ def overview(verdict: Verdict) -> Table:
             percent(model.agreement),
             percent(share.mean if share is not None and known else None),
         ]
-        cells += [_temperature(model)] * with_temperature
+        cells += [temperature(model.temperature)] * with_temperature
         rows.append((*cells, *(write(figure, model.figures.get(figure.key), headline) for figure in figures)))
     return Table((*columns, *(figure.title for figure in figures)), tuple(rows), _note(verdict))
 
@@ -73,8 +73,8 @@ def write(figure: Figure, value: float | None, headline: Headline) -> str:
     return format(value, ",.0f" if figure.form == "count" else figure.form)
 
 
-def _temperature(model: Model) -> str:
-    t = model.temperature
+def temperature(t: float | tuple[float, float] | None) -> str:
+    """Write a temperature; where it was scheduled or learnt, that at the first and at the last step."""
     if t is None:
         return "–"
     return f"{t[0]:.3g} to {t[1]:.3g}" if isinstance(t, tuple) else f"{t:.3g}"

@@ -20,6 +20,7 @@ from kd_lightning.durable_files import remove_leftovers, temporary_suffix
 from kd_lightning.namespaces import of_both
 from kd_lightning.tracking.calls import REQUEST_SECONDS, StoreAwayError, within
 from kd_lightning.tracking.journal import JOURNAL, Journal, last_begin
+from kd_lightning.tracking.origin import git_tags
 from kd_lightning.tracking.shipper import PATIENCE, Shipper, shipper_to
 from kd_lightning.tracking.shipping import Shipment
 from kd_lightning.tracking.sqlite import check_database, create_database, sqlite_file
@@ -347,7 +348,7 @@ def _context() -> dict[str, str]:
     """Return who runs what: user, program, commit."""
     from mlflow.tracking.context.registry import resolve_tags
 
-    return dict(resolve_tags({}))
+    return dict(resolve_tags(git_tags()))
 
 
 @cache

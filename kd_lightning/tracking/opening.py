@@ -5,6 +5,7 @@ from typing import Any
 
 from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.operations import params, tags
+from kd_lightning.tracking.view import EXPERIMENT_TAGS, open_as_training
 
 KEY = "kd.key"
 """Tag under which a run is found again that was made, but whose answer was lost."""
@@ -76,7 +77,8 @@ def _experiment(client: Any, name: str, artifact_location: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location))
+            tags_of_it = dict(EXPERIMENT_TAGS)
+            return str(client.create_experiment(name, artifact_location=artifact_location, tags=tags_of_it))
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another process may just have made it
             if found is None:
@@ -86,6 +88,7 @@ def _experiment(client: Any, name: str, artifact_location: str | None) -> str:
             f"the experiment {name!r} was deleted in {without_credentials(client.tracking_uri)}: restore it (mlflow "
             f"experiments restore --experiment-id {found.experiment_id}), or set logger.experiment_name to another"
         )
+    open_as_training(client, found)
     return str(found.experiment_id)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from kd_lightning.durable_files import sha256_of
+from kd_lightning.tracking.datasets import dataset
+from kd_lightning.tracking.models import model, register
+from kd_lightning.tracking.view import comparison
 
 _PER_REQUEST = 100
 
@@ -38,7 +41,16 @@ def end(client: Any, run_id: str, status: str, end_time: int) -> None:
     client.set_terminated(run_id, status, end_time)
 
 
-OPERATIONS: dict[str, Callable[..., object]] = {"params": params, "tags": tags, "artifact": artifact, "end": end}
+OPERATIONS: dict[str, Callable[..., object]] = {
+    "params": params,
+    "tags": tags,
+    "artifact": artifact,
+    "comparison": comparison,
+    "dataset": dataset,
+    "model": model,
+    "register": register,
+    "end": end,
+}
 """By name: ``function(client, run_id, **values)``. A value named ``path`` or ``..._path`` comes as an absolute path.
 
 ``begin`` and ``metrics`` are not among them: the first finds the run, and the latter go many in a request.

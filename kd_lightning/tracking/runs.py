@@ -15,6 +15,7 @@ from kd_lightning.tracking.journal_logger import JournalLogger
 from kd_lightning.tracking.logger import MLFlowLogger, safe_name
 from kd_lightning.tracking.shipper import PATIENCE, Shipper
 from kd_lightning.tracking.shipping import is_shipped, remove
+from kd_lightning.tracking.view import look, place
 
 _PATIENCE_WHEN_INTERRUPTED = 4.0
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Tracking:
         if is_rank_zero():
             if is_ended(folder, "FINISHED") and is_shipped(folder):
                 remove(folder)
-            self._parent = self._make_logger(run_name=name, tags={"kd.role": "pipeline"})
+            self._parent = self._make_logger(run_name=name, tags={"kd.role": "pipeline", **look("pipeline", 0)})
             self._parent.begin(folder, _params(config), wait=True, lasts=True)
             self._began(self._parent)
 
@@ -74,6 +75,14 @@ class Tracking:
         """The parent's id in the store, as soon as that has it."""
         found = self._parent.run_id if self._parent else None
         return found if found != self.run_id else None
+
+    @property
+    def place(self) -> str | None:
+        """Say where the runs are seen side by side; None where no store has them."""
+        logger, stored = self._parent, self.stored_run_id
+        if not isinstance(logger, MLFlowLogger) or stored is None:
+            return None
+        return place(str(logger.tracking_uri), str(logger.experiment_id), stored)
 
     def logger(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> RunLogger | None:
         """Return the logger of a stage that is trained; its run is gone on with, whatever its parent was.
