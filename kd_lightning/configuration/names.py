@@ -6,6 +6,7 @@ from typing import Any
 from kd_lightning.configuration.arguments import ConfigurationError
 from kd_lightning.configuration.parts import Part
 
+_UNSAID = ("log_every_n_steps", "num_workers", "eval_batch_size")
 _PLACES = ("experiment", "name", "work_dir", "logger", "tracking@logger", "hydra")
 """What changes where things are kept, and nothing of what is trained."""
 _OPTIONS = ("callbacks", "data", "losses", "models", "optimizer", "quantization", "scheduler", "task", "teachers")
@@ -66,7 +67,7 @@ def _short(word: str, base: str) -> str:
     path, _, value = word.partition("=")
     bare = path.lstrip("+~")
     first, last = bare.partition(".")[0], bare.rpartition(".")[2]
-    if first in _PLACES or (bare == "data" and value == base):
+    if first in _PLACES or last in _UNSAID or (bare == "data" and value == base):
         return ""
     if path.startswith("~"):
         return f"no {bare}"

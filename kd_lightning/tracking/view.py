@@ -146,7 +146,7 @@ def _state(
         "datasetsFilter": [],
         "selectedColumns": columns,
         "columnOrder": ["attributes.`Run Name`", "runDateAndNestInfo", *columns],
-        "columnWidths": {"attributes.`Run Name`": 280, "tags.`kd.method`": 220},
+        "columnWidths": {"attributes.`Run Name`": 280, "tags.`kd.method`": 180, "attributes.`Dataset`": 200},
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,  # else the sections that the page makes itself come first
         "compareRunSections": [{"uuid": of, "name": of, "display": True, "isReordered": True} for of in sections],

@@ -85,7 +85,7 @@ def test_one_file_and_one_yaml_go_to_the_verdict(folder: Path) -> None:
     assert verdict["differences"]["teacher-alone"]["mean"] == pytest.approx(student["mean"] - teacher["mean"])
 
     _, parents, children = runs(folder)
-    assert parents[0].data.metrics["final/teacher/rmse"] == pytest.approx(teacher["mean"])
+    assert parents[0].data.metrics["final/rmse_teacher"] == pytest.approx(teacher["mean"])
     by_name = {run.info.run_name: run.data.metrics for run in children}
     logged = by_name["distilled-kd-T4-s0"]
     assert {"final/rmse", "final/val_rmse", "final/agreement", "final/retention", "val/rmse"} <= logged.keys()

@@ -1,7 +1,10 @@
 """What a whole pipeline leaves: runs, a verdict and checkpoints."""
 
 import json
+import re
 
+import mlflow
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +24,12 @@ def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
             run.data.metrics
         )
         assert {"final/latency_ms_p50", "final/throughput_per_s", "final/train_seconds"} <= set(run.data.metrics)
-        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "final.ckpt"}
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json"}
+        (model,) = (client.get_logged_model(output.model_id) for output in run.outputs.model_outputs)
+        assert (model.name, str(model.status)) == (run.info.run_name, "READY")
+        inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+        assert set(inputs) == {"training", "validation", "test"}
+        assert json.loads(inputs["training"].profile) == {"num_rows": 6000 if run is children[0] else 300}
     distilled = children[-1]
     assert distilled.data.tags["kd.role"] == "distilled"
     assert distilled.data.tags["kd.method"] == "kd-T4"
@@ -31,7 +39,9 @@ def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
     assert logged["train/loss_weighted/kd"] == pytest.approx(0.9 * logged["train/loss/kd"], rel=1e-5)
     assert logged["kd/temperature"] == 4.0
     assert 0 < logged["kd/teacher_entropy"] < 1
-    assert parent.data.metrics["final/distilled/acc"] == pytest.approx(logged["final/acc"])
+    for name in ("final/acc", "final/agreement", "final/retention", "final/latency_ms_p50"):
+        assert parent.data.metrics[name] == pytest.approx(logged[name])
+    assert parent.data.metrics["final/acc_alone"] == pytest.approx(children[1].data.metrics["final/acc"])
     assert "verdict.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
@@ -44,6 +54,41 @@ def test_the_verdict_is_printed_and_is_strict_json(finished) -> None:
     assert " ".join(verdict["sentence"].split()) in " ".join(printed.split())
     assert "mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in printed
     assert verdict["models"]["student"]["params"] == 6218
+
+
+def test_a_view_of_the_runs_is_shared_and_its_address_printed(finished) -> None:
+    folder, printed = finished
+    client, (parent,), children = runs(folder)
+    experiment = client.get_experiment(parent.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    key = re.search(r"#/experiments/(\d+)/runs\?workflowType=machine_learning&viewStateShareKey=(\w+)", printed)
+    assert key is not None
+    assert key[1] == experiment.experiment_id
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key[2]}"])
+    ordered = client.search_runs(
+        [experiment.experiment_id], view["searchFilter"], order_by=[f"{view['orderByKey']} ASC"]
+    )
+    assert [run.info.run_id for run in ordered] == [run.info.run_id for run in children]
+    columns = {"tags.`kd.role`", "tags.`kd.temperature`", "metrics.`final/acc`", "metrics.`final/size_mb`"}
+    assert columns <= set(view["selectedColumns"])
+    assert len({run.data.tags["mlflow.runColor"] for run in (parent, *children)}) == 5
+    assert children[-1].data.tags["kd.temperature"] == "4"
+    assert parent.info.run_name.startswith("fashion_mnist teacher.max_steps=60 max_steps=12")
+
+
+def test_the_logged_student_answers_as_the_trained_one(finished, monkeypatch) -> None:
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    client, _, children = runs(folder)
+    logged = client.get_logged_model(children[-1].outputs.model_outputs[0].model_id)
+    loaded = mlflow.pyfunc.load_model(logged.artifact_location)
+    images = np.random.default_rng(0).standard_normal((2, 1, 28, 28), dtype=np.float32)
+    (file,) = folder.glob("mlruns/stages/distilled-*/final.ckpt")
+    network = CNN8().eval()
+    network.load_state_dict(load_student(file))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(loaded.predict(images)["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_students_checkpoint_is_the_bare_networks(finished) -> None:

@@ -63,7 +63,9 @@ def test_every_run_stands_in_mlflow_with_what_was_quantised(quantized) -> None:
         assert {"final/acc", "final/agreement", "final/latency_ms_p50", "final/file_mb"} <= set(run.data.metrics)
         if name.startswith("quantized"):
             logged = run.data.metrics
-            assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"final.ckpt", "model.onnx"}
+            assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"final.ckpt"}
+            (file,) = (client.get_logged_model(of.model_id) for of in run.outputs.model_outputs)
+            assert (file.name, file.source_run_id) == (f"{name}-onnx", run.info.run_id)
             assert logged["final/quantized_layers"] == (6 if "teacher" in name else 4)
             assert logged["final/integer_operators"] == (0 if "w4" in name else logged["final/quantized_layers"])
             assert 0 < logged["final/agreement_fp32"] <= 1
