@@ -15,6 +15,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -83,12 +84,20 @@ def _hydra_main(config: DictConfig) -> float | None:
         kd_lightning.load()
         from kd_lightning.command import run
 
-    return run(config, _base(), _overrides(), quiet="quiet" in _flags, as_json="json" in _flags)
+    return run(config, _base(), _overrides(), _sweep(), quiet="quiet" in _flags, as_json="json" in _flags)
 
 
 def _overrides() -> list[str]:
     overrides = HydraConfig.get().overrides
     return [*(o for o in overrides.hydra if o.startswith("hydra.searchpath")), *overrides.task]
+
+
+def _sweep() -> tuple[Path, list[str]] | None:
+    """Return the folder of a sweep, and those of this job's overrides that are not written so on the command line."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN:
+        return None
+    return Path(settings.sweep.dir), [word for word in settings.overrides.task if word not in sys.argv]
 
 
 def _base() -> str | None:

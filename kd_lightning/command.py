@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -20,7 +21,13 @@ _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError, Om
 
 
 def run(
-    config: DictConfig, base: str | None, overrides: Sequence[str], *, quiet: bool = False, as_json: bool = False
+    config: DictConfig,
+    base: str | None,
+    overrides: Sequence[str],
+    sweep: tuple[Path, Sequence[str]] | None = None,
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
 ) -> float | None:
     """Run a pipeline, and say what came of it.
 
@@ -28,6 +35,7 @@ def run(
         config: As it was composed.
         base: Experiment or data, with which the pipeline's name begins, unless the configuration has a name.
         overrides: With which it was composed.
+        sweep: Of which it is a job: its folder, and the overrides that differ between its jobs.
         quiet: Print the sentence alone.
         as_json: Print ``verdict.json`` alone.
 
@@ -35,7 +43,7 @@ def run(
         What a Hydra sweeper optimises; None without a verdict.
     """
     try:
-        job = pipeline(config, base, overrides)
+        job = pipeline(config, base, overrides, sweep)
         if quiet or as_json:
             job.console = Console(quiet=True)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there, too

@@ -81,6 +81,7 @@ TELLS = frozenset(
         "tracking/sqlite.py",
         "tracking/step_clock.py",
         "tracking/store.py",
+        "tracking/sweeps.py",
         "tracking/sync.py",
         "tracking/system.py",
         "tracking/view.py",

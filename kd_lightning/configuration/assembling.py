@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kd_lightning.configuration.arguments import ConfigurationError, check_arguments, errors_at
 from kd_lightning.configuration.keys import STAGES, check_keys
-from kd_lightning.configuration.names import method_name, pipeline_name
+from kd_lightning.configuration.names import method_name, pipeline_name, sweep_of
 from kd_lightning.configuration.parts import Part, by_name, target_of
 from kd_lightning.pipeline.pipeline import Pipeline
 from kd_lightning.pipeline.quantize import QuantizationPlan
@@ -30,13 +30,19 @@ _STUDENTS: tuple[Role, ...] = ("student", "control", "distilled")
 _NOT_CHOSEN = ("hard_label", {"weight": 1.0})  # what config.yaml sets of a loss that the defaults list did not take
 
 
-def pipeline(config: DictConfig, base: str | None = None, overrides: Sequence[str] = ()) -> Pipeline:
+def pipeline(
+    config: DictConfig,
+    base: str | None = None,
+    overrides: Sequence[str] = (),
+    sweep: tuple[Path, Sequence[str]] | None = None,
+) -> Pipeline:
     """Turn a composed configuration into a pipeline, while Hydra is initialised.
 
     Args:
         config: As it was composed.
         base: Experiment or data, with which the pipeline's name begins, unless the configuration has a name.
         overrides: With which it was composed; variants are composed with them, too.
+        sweep: Of which this is a job: its folder, and the overrides that differ between its jobs.
 
     Raises:
         ValueError: For what is not as :mod:`kd_lightning.configuration.keys` has it, an argument that is not taken, and
@@ -76,6 +82,7 @@ def pipeline(config: DictConfig, base: str | None = None, overrides: Sequence[st
         console=Console(width=None if sys.stdout.isatty() else 100),
         make_logger=Part(logger, "logger").bound() if logger else None,
         register=register,
+        sweep=None if sweep is None else sweep_of(base or "kd-lightning", overrides, sweep[1], sweep[0]),
         verdict="verdict" in config.stages,
         reference=resolved["reference"],
     )

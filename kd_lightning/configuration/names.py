@@ -1,10 +1,12 @@
 """What pipelines and methods are called, so that they can be told apart in a list."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kd_lightning.configuration.arguments import ConfigurationError
 from kd_lightning.configuration.parts import Part
+from kd_lightning.tracking.sweeps import Sweep
 
 _UNSAID = ("log_every_n_steps", "num_workers", "eval_batch_size")
 _PLACES = ("experiment", "name", "work_dir", "logger", "tracking@logger", "hydra")
@@ -26,6 +28,22 @@ def pipeline_name(base: str, overrides: Sequence[str]) -> str:
     """
     said = [_short(word, base) for word in overrides]
     return _cut(" ".join([base, *(word for word in said if word)]), _MOST)
+
+
+def sweep_of(base: str, overrides: Sequence[str], swept: Sequence[str], folder: Path) -> Sweep:
+    """Describe the sweep of which a job is one.
+
+    Args:
+        base: As for :func:`pipeline_name`.
+        overrides: Of the job.
+        swept: Those of them that differ between the jobs.
+        folder: That all jobs have.
+    """
+    paths = [word.partition("=")[0].lstrip("+~") for word in swept]
+    shared = pipeline_name(base, [word for word in overrides if word not in swept])
+    said = ", ".join("T" if path.endswith(".temperature") else path.rpartition(".")[2] for path in paths)
+    values = {path: word.partition("=")[2] for path, word in zip(paths, swept, strict=True)}
+    return Sweep(name=_cut(f"{shared}: sweep over {said or 'nothing'}", _MOST), folder=folder, values=values)
 
 
 def method_name(losses: Mapping[str, Any], callbacks: Mapping[str, Any]) -> str:

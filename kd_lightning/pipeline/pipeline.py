@@ -39,6 +39,7 @@ from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.logger import check_writable
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
+from kd_lightning.tracking.sweeps import Sweep
 from kd_lightning.tracking.view import look
 
 RAISE_ERRORS_OF_REPORT = "KD_RAISE_ERRORS_OF_REPORT"
@@ -67,6 +68,7 @@ class Pipeline:
         verdict: Whether to compare at the end.
         reference: Label of the distilled model with which the others are compared; None for no such table.
         register: Name under which the model that the verdict would serve is registered; None for nothing.
+        sweep: Of which it is a job.
 
     Raises:
         ValueError: For a training whose teacher is not there, and a reference that is no distilled model.
@@ -87,6 +89,7 @@ class Pipeline:
     verdict: bool = True
     reference: str | None = None
     register: str | None = None
+    sweep: Sweep | None = None
 
     def __post_init__(self) -> None:
         known = [training.label for training in (self.teacher, *self.members) if training is not None]
@@ -135,10 +138,10 @@ class Pipeline:
         # Where another process runs the very same pipeline, this one has a parent run of its own.
         with held_if_free(folder) if is_rank_zero() else nullcontext(False) as alone:
             own = folder if alone else folder.with_name(f"{folder.name}-{uuid4().hex[:8]}")
-            tracking = Tracking(self.make_logger, self.name, self.config, own)
+            tracking = Tracking(self.make_logger, self.name, self.config, own, self.sweep)
             size = "size_mb" if self.quantized is None else "file_mb"
             shown = [f"final/{name}" for name in ("agreement", "retention", size, "latency_ms_p50")]
-            tracking.log(tracking.run_id, "comparison", headline=self.task.headline.key, figures=shown)
+            tracking.share_views(self.task.headline.key, shown)
             try:
                 finished = self._run_stages(tracking)
                 if not is_rank_zero():
@@ -149,9 +152,8 @@ class Pipeline:
                 tracking.close("KILLED" if interrupted else "FAILED")
                 raise
             tracking.close("FINISHED")
-            if tracking.place is not None:
-                self.console.print()
-                self.console.print(tracking.place, highlight=False, soft_wrap=True)
+            for i, place in enumerate(tracking.places()):
+                self.console.print(f"\n{place}" if i == 0 else place, highlight=False, soft_wrap=True)
             return verdict
 
     def _trainings(self) -> list[Training]:

@@ -25,6 +25,7 @@ from kd_lightning.tracking.shipper import PATIENCE, Shipper, shipper_to
 from kd_lightning.tracking.shipping import Shipment
 from kd_lightning.tracking.sqlite import check_database, create_database, sqlite_file
 from kd_lightning.tracking.store import check_store, one_line_errors, plain_client, store_name, store_uri
+from kd_lightning.tracking.system import SystemMetrics
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
         patience: Seconds.
         offline: Writes the journal alone, and asks no store.
         required: Refuses to begin where the store is away.
+        log_system_metrics: Measures processors, memory, disk, network and GPUs while a Trainer trains, every 10 s or
+            ``MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL``, under MLflow's names: ``system/cpu_utilization_percentage``.
 
     Raises:
         ValueError: For an experiment without a name, and for ``offline`` with ``required``.
@@ -74,6 +77,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         patience: float = PATIENCE,
         offline: bool = False,
         required: bool = False,
+        log_system_metrics: bool = False,
     ) -> None:
         if not experiment_name:
             raise ValueError(f"expected experiment_name to be a name, got {experiment_name!r}: leave it out")
@@ -106,6 +110,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
         self._journal: Journal | None = None
         self._lasts = False
         self._shipment: Shipment | None = None
+        self._measures_system = log_system_metrics
+        self._system: SystemMetrics | None = None
         self._metric_names: dict[str, str] = {}
 
     @property
@@ -211,6 +217,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of a step."""
+        if self._measures_system and self._system is None:
+            self._system = SystemMetrics(self.journal.metrics)
         numbers = {self._metric_name(name): value for name, value in metrics.items() if not isinstance(value, str)}
         self.journal.metrics(numbers, step)
 
@@ -224,6 +232,9 @@ class MLFlowLogger(loggers.MLFlowLogger):
         """Close the run, and wait for what is not shipped yet, but not for a store that is away."""
         if not self._initialized:
             return
+        if self._system is not None:
+            self._system.stop()
+            self._system = None
         if self._checkpoint_callback is not None:
             self._scan_and_log_checkpoints(self._checkpoint_callback)
         if self._lasts:

@@ -7,7 +7,7 @@ from typing import Any
 from kd_lightning.durable_files import sha256_of
 from kd_lightning.tracking.datasets import dataset
 from kd_lightning.tracking.models import model, register
-from kd_lightning.tracking.view import comparison
+from kd_lightning.tracking.view import comparison, sweep
 
 _PER_REQUEST = 100
 
@@ -49,6 +49,7 @@ OPERATIONS: dict[str, Callable[..., object]] = {
     "dataset": dataset,
     "model": model,
     "register": register,
+    "sweep": sweep,
     "end": end,
 }
 """By name: ``function(client, run_id, **values)``. A value named ``path`` or ``..._path`` comes as an absolute path.

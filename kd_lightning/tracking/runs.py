@@ -1,7 +1,7 @@
 """A pipeline's runs: one parent, and a child for each stage and seed. Each has its journal, with MLflow or without."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -15,6 +15,7 @@ from kd_lightning.tracking.journal_logger import JournalLogger
 from kd_lightning.tracking.logger import MLFlowLogger, safe_name
 from kd_lightning.tracking.shipper import PATIENCE, Shipper
 from kd_lightning.tracking.shipping import is_shipped, remove
+from kd_lightning.tracking.sweeps import Sweep
 from kd_lightning.tracking.view import look, place
 
 _PATIENCE_WHEN_INTERRUPTED = 4.0
@@ -43,6 +44,7 @@ class Tracking:
         make_logger: None for the journals alone.
         name: The parent run's name.
         config: Of the whole pipeline; logged as the parent's parameters.
+        sweep: Of which the pipeline is a job.
         folder: The parent's. A parent that was interrupted, or whose store does not have all of it, is gone on with.
 
     Raises:
@@ -50,19 +52,31 @@ class Tracking:
         ValueError: When it does not take the run.
     """
 
-    def __init__(self, make_logger: MakeLogger | None, name: str, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self,
+        make_logger: MakeLogger | None,
+        name: str,
+        config: Mapping[str, Any],
+        folder: Path,
+        sweep: Sweep | None = None,
+    ) -> None:
         self._make_logger: MakeLogger = make_logger or JournalLogger
         self._parent: RunLogger | None = None
         self._folder = folder
         self._loggers: dict[str, RunLogger] = {}
         self._open: list[str] = []
+        self._sweep: RunLogger | None = None
+        self._swept: list[str] = []
         self.runs: dict[str, str] = {}
         """Children by name: the keys of their journals."""
         if is_rank_zero():
             if is_ended(folder, "FINISHED") and is_shipped(folder):
                 remove(folder)
             self._parent = self._make_logger(run_name=name, tags={"kd.role": "pipeline", **look("pipeline", 0)})
-            self._parent.begin(folder, _params(config), wait=True, lasts=True)
+            swept = {} if sweep is None else sweep.params
+            self._swept = list(swept)
+            key = None if sweep is None else self._begin(sweep)
+            self._parent.begin(folder, _params(config) | swept, key, wait=True, lasts=True)
             self._began(self._parent)
 
     @property
@@ -76,13 +90,24 @@ class Tracking:
         found = self._parent.run_id if self._parent else None
         return found if found != self.run_id else None
 
-    @property
-    def place(self) -> str | None:
-        """Say where the runs are seen side by side; None where no store has them."""
-        logger, stored = self._parent, self.stored_run_id
-        if not isinstance(logger, MLFlowLogger) or stored is None:
-            return None
-        return place(str(logger.tracking_uri), str(logger.experiment_id), stored)
+    def share_views(self, headline: str, figures: Sequence[str]) -> None:
+        """Have MLflow show the runs side by side, and the pipelines of a sweep.
+
+        Args:
+            headline: Its key.
+            figures: Metrics that are columns, beside it.
+        """
+        self.log(self.run_id, "comparison", headline=headline, figures=figures)
+        if self._sweep is not None:
+            self._sweep.journal.write("sweep", headline=headline, parameters=self._swept)
+
+    def places(self) -> list[str]:
+        """Say where the views are, one to a line; nothing where no store has them."""
+        found = []
+        for what, logger in (("run", self._parent), ("pipeline of the sweep", self._sweep)):
+            if isinstance(logger, MLFlowLogger) and logger.experiment_id is not None:
+                found.append(place(what, str(logger.tracking_uri), logger.experiment_id, str(logger.run_id)))
+        return found
 
     def logger(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> RunLogger | None:
         """Return the logger of a stage that is trained; its run is gone on with, whatever its parent was.
@@ -146,6 +171,8 @@ class Tracking:
         """
         for run_id in reversed(self._open):
             self.finish(run_id, status)
+        if self._sweep is not None:  # until the next job, if there is one
+            self._sweep.journal.end(status)
         if self._shipper is not None:
             if status == "KILLED":
                 self._shipper.flush(_PATIENCE_WHEN_INTERRUPTED, request=_PATIENCE_WHEN_INTERRUPTED)
@@ -159,10 +186,23 @@ class Tracking:
                 )
         for logger in self._loggers.values():
             logger.journal.close()
+        if self._sweep is not None:
+            self._sweep.journal.close()
 
     @property
     def _shipper(self) -> Shipper | None:
         return None if not isinstance(self._parent, MLFlowLogger) or self._parent.offline else self._parent.shipper
+
+    def _begin(self, sweep: Sweep) -> str:
+        """Begin the sweep's run, or go on with it, and return its key."""
+        logger = self._make_logger(run_name=sweep.name, tags={"kd.role": "sweep", **look("sweep", 0)})
+        try:
+            logger.begin(sweep.folder, wait=True, lasts=True)
+        except Timeout:  # a job that runs beside this one is at it
+            begun = last_begin(sweep.folder)
+            return str(begun["key"]) if begun is not None else ""
+        self._sweep = logger
+        return logger.journal.key
 
     def _child(
         self,

@@ -24,7 +24,6 @@ class SystemMetrics:
         self._log = log
         self._seconds = seconds or float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _SECONDS)
         self._over = threading.Event()
-        self._monitors = _monitors()
         self._thread = threading.Thread(target=self._measure, name="kd-lightning system metrics", daemon=True)
         self._thread.start()
 
@@ -33,10 +32,10 @@ class SystemMetrics:
         self._over.set()
 
     def _measure(self) -> None:
-        step = 0
-        while not self._over.wait(self._seconds):
+        step, monitors = 0, _monitors()
+        while monitors and not self._over.wait(self._seconds):
             values: dict[str, float] = {}
-            for monitor in self._monitors:
+            for monitor in monitors:
                 monitor.collect_metrics()
                 values |= monitor.aggregate_metrics()
                 monitor.clear_metrics()

@@ -86,21 +86,23 @@ def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str])
         "showAllRuns": True,
     }
     cards = [parallel, *map(_bar, metrics)]
-    state = _state(f"tags.`kd.sweep` = '{run_id}'", parameters=parameters, metrics=metrics, cards=cards)
+    state = _state(f"tags.`kd.pipeline` = '{run_id}'", parameters=parameters, metrics=metrics, cards=cards)
     _share(client, run_id, state)
 
 
-def place(tracking_uri: str, experiment_id: str, run_id: str) -> str:
+def place(what: str, tracking_uri: str, experiment_id: str, run_id: str) -> str:
     """Say in a line where the view of a run is; for a database, with the command that shows it.
 
     Example:
-        >>> print(place("sqlite:///mlruns/mlflow.db", "1", "0123456789abcdef"))  # doctest: +ELLIPSIS
+        >>> print(place("run", "sqlite:///mlruns/mlflow.db", "1", "0123456789abcdef"))  # doctest: +ELLIPSIS
         Every run, side by side: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db, then http://127.0.0.1:5000/#/...
     """
     where = address(tracking_uri, experiment_id, run_id)
     if urlsplit(tracking_uri).scheme in ("http", "https"):
-        return f"Every run, side by side: {where}"
-    return f"Every run, side by side: mlflow ui --backend-store-uri {without_credentials(tracking_uri)}, then {where}"
+        return f"Every {what}, side by side: {where}"
+    return (
+        f"Every {what}, side by side: mlflow ui --backend-store-uri {without_credentials(tracking_uri)}, then {where}"
+    )
 
 
 def address(tracking_uri: str, experiment_id: str, run_id: str) -> str:
