@@ -5,9 +5,11 @@ finished stage again is linked to what is there.
 """
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +61,7 @@ def model(
             tags={**(tags or {}), DIGEST: digest},
         )
     if str(logged.status) != "READY":
-        with TemporaryDirectory(prefix="kd-lightning-") as folder:
+        with TemporaryDirectory(prefix="kd-lightning-") as folder, _quietly():
             made = Path(folder) / "model"
             if file_path is not None:
                 _save_onnx(made, Path(file_path), Path(example_path), logged.model_id, run_id)
@@ -106,6 +108,20 @@ def find(client: Any, experiment_id: str, digest: str) -> Any | None:
     """Return the logged model of a digest; None where there is none."""
     found = client.search_logged_models([experiment_id], f"tags.`{DIGEST}` = '{digest}'", max_results=1)
     return next(iter(found), None)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what MLflow says of each model that it saves."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.pyfunc", "mlflow.models.model")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _versions(client: Any, name: str) -> list[Any]:
