@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +21,7 @@ from kd_lightning.tracking.calls import REQUEST_SECONDS, StoreAwayError, within
 from kd_lightning.tracking.journal import JOURNAL, Journal, last_begin
 from kd_lightning.tracking.origin import git_tags
 from kd_lightning.tracking.shipper import PATIENCE, Shipper, shipper_to
-from kd_lightning.tracking.shipping import Shipment
+from kd_lightning.tracking.shipping import Shipment, remove
 from kd_lightning.tracking.sqlite import check_database, create_database, sqlite_file
 from kd_lightning.tracking.store import check_store, one_line_errors, plain_client, store_name, store_uri
 from kd_lightning.tracking.system import SystemMetrics
@@ -187,7 +186,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
                 except (ValueError, OSError):
                     journal.close()
                     if is_new:
-                        shutil.rmtree(folder)
+                        remove(folder)
                     raise
             self._shipment = self.shipper.add(journal)
             if parent is None:
@@ -240,7 +239,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         if self._lasts:
             return
         self.journal.end("FAILED" if status == "failed" else "FINISHED")
-        self.journal.sync()
+        self.journal.close()
         if self.patience > 0 and not self.offline and not self.shipper.flush(self.patience):
             _log.warning(
                 "%s: they are kept in %s, and shipped by kd-lightning-sync %s; the training itself is complete",

@@ -79,7 +79,7 @@ class Shipper:
     def is_away(self, what: str) -> None:
         """Say that the store is away at the start; it is tried again."""
         with self._changed:
-            first_time, self._trouble = self._trouble is None, what
+            first_time, self._trouble = self._trouble is None, "away since the start"
         if first_time:
             _log.warning("%s: the training goes on, what it logs is kept in its journals and shipped later", what)
 
@@ -196,7 +196,7 @@ class Shipper:
         for folder in journals_below(root):
             try:
                 begin = last_begin(folder) if folder not in self._shipments else None
-                if begin is None or begin.get("store") != store_name(self._uri, folder):
+                if begin is None or (begin["store"], begin["of"]) != (store_name(self._uri, folder), folder.name):
                     continue
                 if not close_if_dead(folder) and not is_shipped(folder):
                     self.add(folder)

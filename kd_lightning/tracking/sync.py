@@ -79,7 +79,7 @@ def _ship(uri: str, folders: list[Path]) -> bool:
     for folder in waiting:
         shipper.add(folder)
     whole, missing = shipper.flush(), shipper.undelivered()
-    print(f"{without_credentials(uri)}: {len(waiting)} runs of {len(folders)} had something to ship")
+    print(f"{without_credentials(uri)}: {len(waiting)} of {len(folders)} runs had something to ship")
     if missing is not None:
         print(missing)
     return whole and missing is None

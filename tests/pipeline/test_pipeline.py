@@ -38,10 +38,14 @@ def test_the_same_command_again_trains_nothing(finished, tmp_path: Path) -> None
     printed = kd_lightning(*TINY, cwd=folder)
     assert printed.count("reused") == 4
     assert weights(folder) == before
-    _, parents, children = runs(folder)
+    client, parents, children = runs(folder)
     assert [run.info.run_name for run in children] == [*MAIN, *MAIN]
     assert {run.data.tags["mlflow.parentRunId"] for run in children[4:]} == {parents[1].info.run_id}
     assert [run.data.tags["kd.reused_from"] for run in children[4:]] == [run.info.run_id for run in children[:4]]
+    for run, before_it in zip(children[4:], children[:4], strict=True):  # with its curves
+        curves = [client.get_metric_history(of.info.run_id, "train/loss") for of in (run, before_it)]
+        assert len(curves[0]) > 1
+        assert [(x.step, x.value) for x in curves[0]] == [(x.step, x.value) for x in curves[1]]
 
 
 def test_what_has_changed_is_trained_and_nothing_else(finished, tmp_path: Path) -> None:

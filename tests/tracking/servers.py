@@ -73,7 +73,7 @@ class Postgres:
 
     def __init__(self) -> None:
         self.folder, self.port = Path(tempfile.mkdtemp(prefix="kd-lightning-postgres-")), free_port()
-        self.uri = f"postgresql://kd:{self.PASSWORD}@127.0.0.1:{self.port}/postgres"
+        self.uri = f"postgresql+psycopg2://kd:{self.PASSWORD}@127.0.0.1:{self.port}/postgres"
         self._process: subprocess.Popen[bytes] | None = None
 
     @staticmethod

@@ -87,7 +87,7 @@ def assert_curves(uri: str, name: str, folder: Path) -> None:
     for run in runs(uri, name)[1:]:
         (stage,) = folder.glob(f"mlruns/stages/{run.info.run_name}-*")
         kept = history(stage)
-        assert {"train/loss", "final/acc"} <= set(kept)
+        assert "final/acc" in kept
         for metric, values in kept.items():
             stored = {point.step: point.value for point in client.get_metric_history(run.info.run_id, metric)}
             assert sorted(stored.items()) == values, (run.info.run_name, metric)

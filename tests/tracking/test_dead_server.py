@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,50 +76,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
-def assert_complete(server: Server, logger: MLFlowLogger) -> None:
-    """Each value once, with its step, in order, at the time when it was logged; the run closed."""
-    client = MlflowClient(server.uri)
-    run = client.get_run(logger.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["step"] == str(STEPS - 1)
-    assert [file.path for file in client.list_artifacts(logger.run_id)] == ["half.txt"]
-    history = client.get_metric_history(logger.run_id, "train/step")
-    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(STEPS)]
-    assert len(client.get_metric_history(logger.run_id, "train/loss")) == STEPS
-    assert sorted(metric.timestamp for metric in history) == [metric.timestamp for metric in history]
-    assert history[-1].timestamp <= run.info.end_time
-
-
-@pytest.mark.integration
-def test_a_server_that_hangs_for_a_while_gets_everything(server: Server) -> None:
-    logger = Timed(tracking_uri=server.uri, run_name="pause", patience=60)
-    fit(logger, {10: lambda: server.send(signal.SIGSTOP), 30: lambda: server.send(signal.SIGCONT)})
-    assert max(logger.waits) < LONGEST_WAIT
-    assert_complete(server, logger)
-
-
-@pytest.mark.integration
-def test_a_server_that_is_killed_and_comes_back_gets_everything(server: Server, caplog) -> None:
-    def missed() -> None:
-        end = time.monotonic() + 20
-        while not caplog.records:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
-    def back() -> None:
-        missed()
-        server.start()
-
-    logger = Timed(tracking_uri=server.uri, run_name="restart", patience=60)
-    with caplog.at_level(logging.WARNING, "kd_lightning"):
-        fit(logger, {10: server.kill, 30: back})
-    assert max(logger.waits) < LONGEST_WAIT
-    assert_complete(server, logger)
-    away, again = [record.getMessage() for record in caplog.records]
-    assert f"{server.uri} does not take what is logged (connection" in away
-    assert f"{server.uri} answers again" in again
-
-
 def test_a_run_that_was_made_but_not_told_is_not_made_twice(store: Path) -> None:
     """The answer was lost, or the process was killed before it noted it: the run is found by its key."""
     uri = f"sqlite:///{store}"
@@ -160,7 +115,7 @@ def test_killed_for_good_in_fit_stops_nothing_and_says_what_is_missing(server: S
 @pytest.mark.parametrize("required", [True, False])
 @pytest.mark.parametrize(
     ("where", "what"),
-    [("nothing", "connection refused"), ("silent", r"no answer within 1 s"), ("failing", "answers with error 500")],
+    [("nothing", "connection refused"), ("silent", "no answer"), ("failing", "answers with error 500")],
 )
 def test_a_store_that_is_away_at_the_start_is_said_once_and_refused_where_it_is_required(
     where: str, what: str, required: bool, caplog, monkeypatch

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,19 @@ STEPS = 60
 
 @pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    postgres: Postgres | None = None
-    if request.param == "PostgreSQL":
-        if missing := Postgres.missing():
-            pytest.skip(missing)
-        postgres = Postgres()
-        postgres.start()
-    server = Server(tmp_path_factory.mktemp("server"), postgres.uri if postgres is not None else None)
-    try:
+    with ExitStack() as stack:
+        store = None
+        if request.param == "PostgreSQL":
+            if missing := Postgres.missing():
+                pytest.skip(missing)
+            postgres = Postgres()
+            stack.callback(postgres.stop)
+            postgres.start()
+            store = postgres.uri
+        server = Server(tmp_path_factory.mktemp("server"), store)
         server.start()
+        stack.callback(server.kill)
         yield server
-    finally:
-        server.kill()
-        if postgres is not None:
-            postgres.stop()
 
 
 def until(condition: Callable[[], object]) -> None:

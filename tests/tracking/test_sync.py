@@ -29,14 +29,13 @@ def at_once(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def logged(store: Path, **options) -> MLFlowLogger:
-    """A run that is ended, and whose process has let go of it."""
+    """A run that is ended."""
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{store}", run_name="run", tags={"a": "tag"}, **options)
     logger.log_hyperparams({"rate": 0.1})
     for step in range(5):
         logger.log_metrics({"loss": 1 / (step + 1), "step": float(step)}, step)
     logger.experiment.log_text(logger.run_id, "said", "folder/text.txt")
     logger.finalize()
-    logger.journal.close()
     return logger
 
 
@@ -69,11 +68,11 @@ def test_offline_asks_nobody_and_a_sync_ships_it_once(store: Path, tmp_path: Pat
     copy.mkdir(parents=True)
     shutil.copytree(tmp_path / "journals", copy / "journals")
     assert at_once([str(tmp_path / "journals")], monkeypatch) == 0
-    assert "1 runs of 1 had something to ship" in capsys.readouterr().out
+    assert "1 of 1 runs had something to ship" in capsys.readouterr().out
     assert_whole(f"sqlite:///{store}", folder)
     written = store.read_bytes()
     assert at_once([str(tmp_path / "journals")], monkeypatch) == 0  # nothing is left
-    assert "0 runs of 1 had something to ship" in capsys.readouterr().out
+    assert "0 of 1 runs had something to ship" in capsys.readouterr().out
     assert store.read_bytes() == written
     for noted in tmp_path.glob("journals/*/shipped.json"):
         noted.unlink()
