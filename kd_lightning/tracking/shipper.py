@@ -215,7 +215,17 @@ class Shipper:
 def journals_below(root: Path) -> list[Path]:
     """Return the folders with journals, parents ahead of their children, which name them in the store."""
     folders = [file.parent.absolute() for file in sorted(root.glob(f"**/{JOURNAL}"))]
-    return sorted(folders, key=lambda folder: (last_begin(folder) or {}).get("parent") is not None)
+    begins = {folder: last_begin(folder) or {} for folder in folders}
+    parents = {begin.get("key"): begin.get("parent") for begin in begins.values()}
+
+    def depth(folder: Path) -> int:
+        above, key = [], begins[folder].get("parent")
+        while key is not None and key not in above:
+            above.append(key)
+            key = parents.get(key)
+        return len(above)
+
+    return sorted(folders, key=depth)
 
 
 @cache

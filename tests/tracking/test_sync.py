@@ -126,6 +126,24 @@ def test_a_run_without_a_store_is_shipped_where_it_is_told(store: Path, tmp_path
     assert not (tmp_path / "stage" / "artifacts").exists()  # the copy is not needed any more
 
 
+def test_parents_are_shipped_ahead_of_their_children_wherever_they_lie(store: Path, tmp_path: Path) -> None:
+    keys: dict[str, str | None] = {"": None}
+    for name, parent in {"z-sweep": "", "m-pipeline": "z-sweep", "a-stage": "m-pipeline"}.items():
+        journal = Journal(tmp_path / name)
+        journal.begin(experiment="kd-lightning", name=name, tags={}, parent=keys[parent], store=None)
+        keys[name] = journal.key
+        journal.end("FINISHED")
+        journal.close()
+    uri = f"sqlite:///{store}"
+    assert sync.sync(tmp_path, uri)
+    client = MlflowClient(uri)
+    (experiment,) = [found for found in client.search_experiments() if found.name == "kd-lightning"]
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(found) == 3
+    for name, parent in {"m-pipeline": "z-sweep", "a-stage": "m-pipeline"}.items():
+        assert found[name].data.tags["mlflow.parentRunId"] == found[parent].info.run_id
+
+
 TRAINING = """
 import sys, time
 from kd_lightning.tracking import MLFlowLogger
