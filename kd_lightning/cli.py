@@ -6,6 +6,7 @@ What a pipeline needs takes seconds to import, and is imported once there is a c
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -97,7 +98,13 @@ def _sweep() -> tuple[Path, list[str]] | None:
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
         return None
-    return Path(settings.sweep.dir), [word for word in settings.overrides.task if word not in sys.argv]
+    given = {_bare(word) for word in sys.argv}
+    return Path(settings.sweep.dir), [word for word in settings.overrides.task if _bare(word) not in given]
+
+
+def _bare(word: str) -> str:
+    """Return an override without what Hydra adds or leaves out when it writes it anew."""
+    return re.sub(r"[\\'\" ]", "", word)
 
 
 def _base() -> str | None:

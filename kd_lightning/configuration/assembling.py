@@ -68,8 +68,10 @@ def pipeline(
                     members[member] = _teacher(variant, member, of)
     logger = dict(resolved["logger"] or {})
     register = logger.pop("register", None)
+    swept = list(sweep[1]) if sweep is not None else []
+    shared = [word for word in overrides if word not in swept]
     return Pipeline(
-        name=resolved["name"] or pipeline_name(base or "kd-lightning", overrides),
+        name=resolved["name"] or pipeline_name(base or "kd-lightning", [*swept, *shared]),
         task=task,
         teacher=teacher,
         members=list(members.values()),
@@ -82,7 +84,7 @@ def pipeline(
         console=Console(width=None if sys.stdout.isatty() else 100),
         make_logger=Part(logger, "logger").bound() if logger else None,
         register=register,
-        sweep=None if sweep is None else sweep_of(base or "kd-lightning", overrides, sweep[1], sweep[0]),
+        sweep=None if sweep is None else sweep_of(base or "kd-lightning", overrides, swept, sweep[0]),
         verdict="verdict" in config.stages,
         reference=resolved["reference"],
     )

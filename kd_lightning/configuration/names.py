@@ -6,6 +6,7 @@ from typing import Any
 
 from kd_lightning.configuration.arguments import ConfigurationError
 from kd_lightning.configuration.parts import Part
+from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.sweeps import Sweep
 
 _UNSAID = ("log_every_n_steps", "num_workers", "eval_batch_size")
@@ -39,10 +40,11 @@ def sweep_of(base: str, overrides: Sequence[str], swept: Sequence[str], folder: 
         swept: Those of them that differ between the jobs.
         folder: That all jobs have.
     """
+    swept = [word for word in swept if _short(word, "")]
     paths = [word.partition("=")[0].lstrip("+~") for word in swept]
     shared = pipeline_name(base, [word for word in overrides if word not in swept])
     said = ", ".join("T" if path.endswith(".temperature") else path.rpartition(".")[2] for path in paths)
-    values = {path: word.partition("=")[2] for path, word in zip(paths, swept, strict=True)}
+    values = {path: without_credentials(word.partition("=")[2]) for path, word in zip(paths, swept, strict=True)}
     return Sweep(name=_cut(f"{shared}: sweep over {said or 'nothing'}", _MOST), folder=folder, values=values)
 
 

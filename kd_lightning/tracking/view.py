@@ -87,7 +87,7 @@ def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str])
     }
     cards = [parallel, *map(_bar, metrics)]
     state = _state(f"tags.`kd.pipeline` = '{run_id}'", parameters=parameters, metrics=metrics, cards=cards)
-    _share(client, run_id, state)
+    _share(client, run_id, {**state, "orderByKey": "attributes.start_time"})
 
 
 def place(what: str, tracking_uri: str, experiment_id: str, run_id: str) -> str:
@@ -136,7 +136,8 @@ def _state(
     parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     columns = [f"tags.`{name}`" for name in tags] + [f"params.`{name}`" for name in parameters]
-    columns += [f"metrics.`{name}`" for name in metrics] + ["attributes.`Dataset`", "attributes.`Models`"]
+    columns += [f"metrics.`{name}`" for name in metrics]
+    columns += ["attributes.`Dataset`", "attributes.`Models`"] if tags else []  # a sweep's pipelines have none
     sections = list(dict.fromkeys(card["metricSectionId"] for card in cards))
     return {
         "searchFilter": search,

@@ -1,8 +1,10 @@
 """Pipelines and methods can be told apart by their names."""
 
+from pathlib import Path
+
 import pytest
 
-from kd_lightning.configuration.names import method_name, pipeline_name
+from kd_lightning.configuration.names import method_name, pipeline_name, sweep_of
 
 LINEAR = {"_target_": "kd_lightning.schedules.linear", "start": 8.0, "end": 1.0}
 LOSSES = {"hard_label": {"weight": 0.1}, "kd": {"temperature": 4.0}, "dkd": {"temperature": 2.0}}
@@ -51,3 +53,10 @@ def test_a_method_has_the_temperature_that_it_trains_at(callbacks: dict, name: s
 
 def test_the_labels_loss_is_named_where_it_is_alone() -> None:
     assert method_name({"hard_label": {}}, {}) == "hard_label"
+
+
+def test_a_sweep_is_named_by_what_its_jobs_share_and_compares_them_by_what_they_do_not() -> None:
+    swept = ["losses.kd.temperature=2", "seeds=[0]", "logger.tracking_uri=http://me:secret@there"]
+    sweep = sweep_of("fashion_mnist", [*swept, "trainer.max_steps=12"], swept, Path("sweeps"))
+    assert sweep.name == "fashion_mnist max_steps=12: sweep over T, seeds"
+    assert sweep.params == {"sweep/losses.kd.temperature": "2", "sweep/seeds": "[0]"}

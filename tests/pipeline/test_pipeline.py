@@ -76,10 +76,23 @@ def test_one_stage_alone_with_a_teacher_from_a_checkpoint(finished, tmp_path: Pa
 
 def test_a_sweep_trains_the_teacher_once(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
-    printed = kd_lightning("-m", *TINY, "losses.kd.temperature=4.0,8", "stages=[teacher,distilled]", cwd=folder)
+    printed = kd_lightning("-m", *TINY, "losses.kd.temperature=4.0,8", "stages=[teacher,distilled,verdict]", cwd=folder)
     assert printed.count("teacher-hard_label-s0: ") == 2
     assert printed.count("reused") == 3  # the teacher twice, and T = 4
     assert "distilled-kd-T8-s0" in printed
+    client, (_, *jobs), children = runs(folder)
+    (experiment,) = client.search_experiments(filter_string="name = 'kd-lightning'")
+    (sweep,) = (run for run in children if run.data.tags["kd.role"] == "sweep")
+    assert sweep.info.status == "FINISHED"
+    assert sweep.info.run_name.endswith(": sweep over T")
+    assert {job.data.tags["mlflow.parentRunId"] for job in jobs} == {sweep.info.run_id}
+    assert [job.data.params["sweep/losses.kd.temperature"] for job in jobs] == ["4.0", "8"]
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep.info.run_id[:12]}"])
+    (parallel,) = (card for card in view["compareRunCharts"] if card["type"] == "PARALLEL")
+    assert parallel["selectedParams"] == ["sweep/losses.kd.temperature"]
+    found = client.search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {run.info.run_id for run in found} == {job.info.run_id for job in jobs}
+    assert all(name in job.data.metrics for name in parallel["selectedMetrics"] for job in jobs)
 
 
 def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:
