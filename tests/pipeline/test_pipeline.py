@@ -46,6 +46,9 @@ def test_the_same_command_again_trains_nothing(finished, tmp_path: Path) -> None
         curves = [client.get_metric_history(of.info.run_id, "train/loss") for of in (run, before_it)]
         assert len(curves[0]) > 1
         assert [(x.step, x.value) for x in curves[0]] == [(x.step, x.value) for x in curves[1]]
+    first, again = ([run.outputs.model_outputs[0].model_id for run in of] for of in (children[:4], children[4:]))
+    assert first == again  # linked, and stored once
+    assert [run.inputs.to_dictionary() for run in children[:4]] == [run.inputs.to_dictionary() for run in children[4:]]
 
 
 def test_what_has_changed_is_trained_and_nothing_else(finished, tmp_path: Path) -> None:
