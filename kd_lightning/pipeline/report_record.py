@@ -22,7 +22,8 @@ from kd_lightning.data.contract import Data
 from kd_lightning.durable_files import write_atomically
 from kd_lightning.pipeline.folder import FinishedStage
 from kd_lightning.pipeline.knowledge import thinned
-from kd_lightning.pipeline.report_tasks import of_answers, of_outputs
+from kd_lightning.pipeline.report_groups import of_answers
+from kd_lightning.pipeline.report_tasks import of_outputs
 from kd_lightning.pipeline.soft_outputs import soft_outputs
 from kd_lightning.records import Verdict, strict
 from kd_lightning.report.verdict_json import as_dict

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kd_lightning.durable_files import write_atomically
-from kd_lightning.report import html_sections, html_training, html_verdict
+from kd_lightning.report import html_quantization, html_sections, html_training, html_verdict
 from kd_lightning.report.facts import PAGE, Facts, read_facts
 from kd_lightning.report.in_a_minute import cards, serving
 from kd_lightning.report.many import overview
@@ -28,7 +28,7 @@ def render(record: Mapping[str, Any]) -> str:
         "temperature": ("Temperature", html_sections.temperature(facts)),
         "training": ("Training", html_training.training(facts)),
         "groups": (_by(facts), html_training.by_group(facts)),
-        "quantization": ("Quantisation", html_sections.quantization(facts)),
+        "quantization": ("Quantisation", html_quantization.quantization(facts)),
         "reproduce": ("How to reproduce it", html_sections.reproduce(facts)),
     }
     return (

@@ -42,7 +42,8 @@ def training(facts: Facts) -> dict[str, Any] | None:
 
 
 def _terms(facts: Facts, of: Mapping[str, Any], prefix: str, title: str) -> list[Drawing]:
-    found = [(name.removeprefix(prefix), curve) for name, curve in of.items() if name.startswith(prefix)]
+    those = [(name.removeprefix(prefix), curve) for name, curve in of.items() if name.startswith(prefix)]
+    found = [(name, curve) for name, curve in those if len(curve["step"]) > 1]
     if not found:
         return []
     series = [

@@ -45,6 +45,15 @@ def test_passages_are_the_plays_words_in_their_order() -> None:
     assert 0.85 * spoken < words < spoken  # headings, speakers and stage directions are left out
 
 
+def test_a_passage_is_written_as_its_words() -> None:
+    data = ShakespearePunctuation()
+    letters, target = next(iter(data.test_dataloader()))
+    words = data.words_of(letters[0])
+    assert len(words) == (target[0] != -100).sum()
+    assert " ".join(words[:40]) == " ".join(words[:40]).lower()
+    assert all(len(word) <= 12 for word in words)
+
+
 def test_padding_is_at_the_end_has_no_label_and_no_letters() -> None:
     for name in data().counts:
         subset = data().subset(name)

@@ -52,6 +52,16 @@ def test_fewer_blocks_are_judged_evenly_over_the_text() -> None:
     assert len(ShakespeareText(eval_blocks=100).subset("test")) == 100
 
 
+def test_the_tests_blocks_are_of_its_plays_in_their_order() -> None:
+    data = ShakespeareText(context=500)
+    names, of_block = data.test_groups
+    assert names == list(data.plays["test"])
+    assert of_block == sorted(of_block)
+    sizes = [len(read_plays()[name]) for name in names]
+    assert [of_block.count(i) for i in range(len(names))] == [-(-(size - 1) // 500) for size in sizes]
+    assert len(of_block) == len(data.test_dataloader().dataset)
+
+
 def test_a_document_of_one_token_has_nothing_to_tell() -> None:
     assert len(Blocks([np.array([3])], length=4, stride=4)) == 0
 

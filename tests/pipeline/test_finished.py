@@ -107,7 +107,14 @@ def test_the_report_stands_beside_the_verdict_and_in_mlflow(finished) -> None:
     assert "ankle boot" in text
     record = json.loads(page.with_name("report.json").read_text(), parse_constant=pytest.fail)
     assert record["verdict"] == verdict
-    assert record["looked_at"]["units"] == record["looked_at"]["of"] == 2500
+    assert record["looked_at"]["of"] == 2500
+    assert record["looked_at"]["units"] == record["places"] > 100
+    logged = record["training"]["distilled"]
+    assert len(logged["train/loss/kd"]["step"]) == 6
+    assert set(logged["kd/temperature"]["mean"]) == {4.0}
+    assert record["temperature"]["used"] == 4.0
+    assert record["temperature"]["weights"] == [0.9, 0.1]
+    assert record["examples"][0]["input"]["kind"] == "image"
     recall = record["groups"]["models"]["teacher"]["mean"]
     assert sum(x * n for x, n in zip(recall, record["groups"]["count"], strict=True)) / 2500 == pytest.approx(
         verdict["models"]["teacher"]["accuracy"]["mean"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.command import environment
-from tests.shortcuts import measure_briefly, migrate_once, read_operators_once
+from tests.shortcuts import look_briefly, measure_briefly, migrate_once, read_operators_once
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,6 +159,7 @@ def _serve(database: str) -> None:
     package_hash()
     read_operators_once()
     measure_briefly()
+    look_briefly()
     migrate_once(Path(database))
 
     def answer(content: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -155,6 +156,24 @@ def test_figures_say_what_they_show() -> None:
     assert all(given.get("aria-hidden") == "true" for given in shown.of("svg") if given not in figures)
     text = render(record(**WITH_OUTPUTS["classification"]))
     assert "nan" not in "".join(re.findall(r'(?:points|x|y|cx|cy)="[^"]*"', text))
+
+
+def test_a_schedule_is_drawn_as_it_ran() -> None:
+    falling = {"step": [0.0, 50.0, 100.0], "mean": [8.0, 4.0, 1.0], "low": [8.0, 4.0, 1.0], "high": [8.0, 4.0, 1.0]}
+    scheduled = [r for r in everything() if r.role != "distilled"]
+    scheduled += [replace(r, temperature=(8.0, 1.0)) for r in everything() if r.role == "distilled"]
+    of = compare(scheduled, TASK)
+    shown = page(of=of, training={key: {"kd/temperature": falling} if key == "distilled" else {} for key in of.models})
+    assert "The temperature went from 8 to 1." in [given.get("aria-label") for given in shown.of("svg")]
+    assert "T from 8 to 1" in shown.sections["minute"]
+
+
+def test_the_quality_of_a_sweep_is_drawn_over_temperature() -> None:
+    shown = page(of=compare(sweep(), TASK))
+    (drawn,) = [
+        given["aria-label"] for given in shown.of("svg") if "distilled at 3 temperatures" in given.get("aria-label", "")
+    ]
+    assert "T = 1 83.0 %, T = 2 79.0 %, T = 4 78.0 %" in drawn
 
 
 def test_several_pipelines_stand_side_by_side() -> None:
