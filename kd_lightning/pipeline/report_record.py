@@ -25,6 +25,7 @@ from kd_lightning.pipeline.knowledge import thinned
 from kd_lightning.pipeline.report_groups import of_answers
 from kd_lightning.pipeline.report_tasks import of_outputs
 from kd_lightning.pipeline.soft_outputs import soft_outputs
+from kd_lightning.quantization import quantized_layers
 from kd_lightning.records import Verdict, strict
 from kd_lightning.report.verdict_json import as_dict
 from kd_lightning.source_code import hash_of
@@ -33,7 +34,9 @@ from kd_lightning.tracking.calls import without_credentials
 from kd_lightning.tracking.journal import history
 
 VERSION = 1
-_OF_NETWORKS = ("classes", "places", "examples", "points", "calibration", "resemblance", "temperature", "looked_at")
+_OF_NETWORKS = (
+    *("classes", "places", "examples", "points", "calibration", "resemblance", "temperature", "looked_at", "layers"),
+)
 _PACKAGES = ("kd-lightning", "torch", "lightning", "onnxruntime", "openvino", "mlflow", "numpy")
 
 
@@ -73,7 +76,7 @@ def write_record(
         "seconds": _seconds(labels),
         "training": {key: _curves(stages) for key, stages in labels.items()},
         **of_answers(task, labels, data),
-        **(_before(path, stages) or _of_networks(task, shown, verdict, data)),
+        **(_before(path, stages) or {**_of_networks(task, shown, verdict, data), "layers": _layers(labels)}),
         "computed_by": _computed_by(),
         "reproduce": {**_reproduce(data, config), "stages": stages},
     }
@@ -115,6 +118,15 @@ def _curves(stages: Sequence[FinishedStage]) -> dict[str, Any]:
         if any(curves):
             found[name] = thinned([curve for curve in curves if curve])
     return found
+
+
+def _layers(labels: Mapping[str, Sequence[FinishedStage]]) -> dict[str, list[dict[str, Any]]]:
+    """Return what became of each layer of the quantised networks."""
+    quantised = {key: stages[0] for key, stages in labels.items() if stages[0].result.quantized is not None}
+    return {
+        key: [{"name": x.name, "bits": x.weight_bits, "note": x.note} for x in quantized_layers(stage.network())]
+        for key, stage in quantised.items()
+    }
 
 
 def _of_networks(

@@ -36,21 +36,22 @@ def quantization(facts: Facts) -> dict[str, Any] | None:
                 "network": facts.written(key, "agreement_file"),
                 "layers": "–" if layers is None else f"{layers:.0f}",
                 "integers": "–" if integers is None or activations is None else f"{integers:.0f}",
-                "float": how["float_layers"],
                 "mismatch": how["mismatch"],
             }
         )
-    return {"rows": rows, "drawings": _bits(facts, keys), "notes": _notes(rows)}
+    return {"rows": rows, "drawings": _bits(facts, keys), "notes": _notes(facts, rows)}
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(facts: Facts, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which layers stay in float, or something of them, and why."""
     notes = []
     for row in rows:
-        if row["float"]:
-            notes.append(
-                f"{row['title']}: {', '.join(row['float'])} stay in float, as the specification leaves them out."
-            )
-        elif row["integers"] not in ("–", row["layers"]):
+        layers = facts.record.get("layers", {}).get(row["title"], [])
+        for note in dict.fromkeys(layer["note"] for layer in layers if layer["note"]):
+            those = [layer["name"] for layer in layers if layer["note"] == note]
+            named = "all layers" if len(those) == len(layers) else ", ".join(those)
+            notes.append(f"{row['title']}: {named}: {note}.")
+        if row["integers"] not in ("–", row["layers"]):
             notes.append(f"{row['title']}: of {row['layers']} quantised layers {row['integers']} run on integers.")
         if row["mismatch"]:
             notes.append(f"{row['title']}: {row['mismatch']}.")

@@ -69,6 +69,7 @@ def _example(facts: Facts, one: Mapping[str, Any]) -> dict[str, Any]:
         names = facts.names(range(len(one["colours"])))
         return {
             **one,
+            "maps": {model: of for model, of in one["maps"].items() if model != "control"},
             "key": [(name, "rgb({},{},{})".format(*c)) for name, c in zip(names, one["colours"], strict=True)],
         }
     return dict(one)
@@ -110,9 +111,9 @@ def _inherited(facts: Facts, found: Mapping[str, Any]) -> str:
     key = facts.distilled
     if key not in shares:
         return ""
-    said = f"What resembles what, over {found['pairs']:,} pairs of classes, the distilled student sees much as the "
-    said = said if shares[key] > _MUCH else said.replace("much", "little")
-    said += f"teacher does: their rank correlation is {shares[key]:.2f}"
+    agrees = "agrees" if shares[key] > _MUCH else "hardly agrees"
+    said = f"The distilled student {agrees} with the teacher on what resembles what: over {found['pairs']:,} pairs of "
+    said += f"classes their rank correlation is {shares[key]:.2f}"
     others = {name: shares[name] for name in ("student", "control") if name in shares}
     if others:
         said += " (" + ", ".join(f"{facts.title(name)} {share:.2f}" for name, share in others.items()) + ")"

@@ -9,7 +9,6 @@ from kd_lightning.report.figures import Drawing
 from kd_lightning.report.html_verdict import quality_against
 from kd_lightning.report.words import percent
 
-_ROLES = ("distilled", "student", "control", "teacher", "continued", "assistant", "quantized")
 _MOST_DIFFERENCES = 30
 
 
@@ -73,14 +72,14 @@ def _drawings(several: Sequence[Facts]) -> list[Drawing]:
             f"pipeline {i} {headline.write_difference(gain['mean'])}" for i, gain in known
         )
         unit = "points" if headline.percent else headline.symbol
-        y = svg.Axis("pipeline", low=0.4, high=len(several) + 0.6, write=lambda v: f"{v:.0f}" if v % 1 == 0 else "")
+        y = svg.Axis("pipeline", low=0.4, high=len(several) + 0.6, ticks=range(1, len(several) + 1))
         x = svg.Axis(f"gained, {unit}".rstrip(", "))
         drawn = svg.lines(series, x, y, alt, mark_x=0.0)
         note = "Mean and 95 % interval, positive where distillation helps; the vertical line is no difference."
         found.append(Drawing("What distillation gains", drawn, note=note))
     for name in ("latency_ms_p50", "file_mb"):
         points = [
-            svg.Point(f"{i} {f.title(key)}", _ROLES[(i - 1) % len(_ROLES)], cost, f.shown(f.value(key)))
+            svg.Point(f"{f.title(key)} of {i}", f.role(key), cost, f.shown(f.value(key)))
             for i, f in enumerate(several, start=1)
             for key in dict.fromkeys(k for k in ("teacher", "student", f.distilled, f.served) if k in f.models)
             if key is not None and (cost := f.figure(key, name))

@@ -5,7 +5,7 @@ told apart by colour (a class for each role), and by dashes and marks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -71,7 +71,6 @@ class Axis(NamedTuple):
         log: Whether it is logarithmic.
         low: Where it begins at least; from the data where None.
         high: Where it ends at least.
-        write: How a tick is written.
         ticks: Where they are; at round numbers where none are given.
     """
 
@@ -79,7 +78,6 @@ class Axis(NamedTuple):
     log: bool = False
     low: float | None = None
     high: float | None = None
-    write: Callable[[float], str] | None = None
     ticks: Sequence[float] = ()
 
 
@@ -263,11 +261,11 @@ class _Frame:
         for v in self._ticks(1):
             at = self.y(v)
             drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            drawn.append(_tick(self._write(1, v), f'x="{_LEFT - 5}" y="{at + 4:.1f}" text-anchor="end"'))
+            drawn.append(_tick(_short(v), f'x="{_LEFT - 5}" y="{at + 4:.1f}" text-anchor="end"'))
         for v in self._ticks(0):
             at = self.x(v)
             drawn.append(f'<line class="axis" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            drawn.append(_tick(self._write(0, v), f'x="{at:.1f}" y="{bottom + 16}" text-anchor="middle"'))
+            drawn.append(_tick(_short(v), f'x="{at:.1f}" y="{bottom + 16}" text-anchor="middle"'))
         drawn.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         below = f'x="{(_LEFT + right) / 2}" y="{HEIGHT - 6}"'
         beside = f'transform="translate(12,{(_TOP + bottom) / 2}) rotate(-90)"'
@@ -284,10 +282,6 @@ class _Frame:
         if self.axis[i].log:
             low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
         return min(max((value - low) / (high - low), -0.02), 1.02)
-
-    def _write(self, i: int, value: float) -> str:
-        write = self.axis[i].write
-        return write(value) if write is not None else _short(value)
 
 
 def _bounds(axis: Axis, values: Sequence[float], margin: float) -> tuple[float, float]:

@@ -176,6 +176,13 @@ def test_the_quality_of_a_sweep_is_drawn_over_temperature() -> None:
     assert "T = 1 83.0 %, T = 2 79.0 %, T = 4 78.0 %" in drawn
 
 
+def test_why_a_layer_stays_in_float_is_said() -> None:
+    layers = [{"name": "head", "bits": 32, "note": "stays in float: left out"}, {"name": "stem", "bits": 8, "note": ""}]
+    said = page(layers={"distilled PTQ int8": layers}).sections["quantization"]
+    assert "distilled PTQ int8: head: stays in float: left out." in said
+    assert "distilled PTQ int8: of 4 quantised layers 3 run on integers." in said
+
+
 def test_several_pipelines_stand_side_by_side() -> None:
     text = render_many([Facts(one, f"folder-{i}") for i, one in enumerate(several())])
     shown = Page(text)
