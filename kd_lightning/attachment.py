@@ -89,6 +89,7 @@ def check_loss(returned: Any, trained_by: bool = False) -> None:
 
 def check_strategy(strategy: Strategy, objective: DistillationObjective) -> None:
     """Raise ValueError for losses whose parameters a strategy would split along with the module's."""
+    # Its checkpoints ask the module's state_dict for all that was made flat, of which the losses' part is left out.
     losses = [name for name, loss in objective.named_losses().items() if next(loss.parameters(), None) is not None]
     if losses and type(strategy).__name__ == "FSDPStrategy":
         raise ValueError(

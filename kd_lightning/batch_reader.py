@@ -73,27 +73,27 @@ class BatchReader:
 
     def target(self, batch: Any) -> Tensor | None:
         """Return the target; None where the batch has none, or one that no loss reads and that fits no output."""
-        target: Any = None
-        if self._target is not None:
-            target = self.task.target_of(select(batch, self._target, "target"))
-        else:
-            try:
-                target = self.task.read(batch).target
-            except TypeError as error:
-                target = _by_usual_name(batch)
-                if target is None and self._labels_needed:
-                    expected, _, _ = str(error).partition(": pass")
-                    raise TypeError(f"{expected}: {_name_it(batch)}") from None
-            if target is None:
-                target = _by_usual_name(batch)
-            elif type(target) in (tuple, list) and len(target) == 2 and target[1] is None:
-                target = target[0]  # pytorch-forecasting's (target, weight), which has no weight
-            target = self.task.target_of(target)
+        target = self.task.target_of(self._find_target(batch))
         if not isinstance(target, Tensor):
             return target if self._labels_needed else None
         if self._in_column and target.shape[1:] == (1,):
             target = target.squeeze(1)
         return target if self._labels_needed or self._fits else None
+
+    def _find_target(self, batch: Any) -> Any:
+        if self._target is not None:
+            return select(batch, self._target, "target")
+        target, problem = None, ""
+        try:
+            target = self.task.read(batch).target
+        except TypeError as error:
+            problem, _, _ = str(error).partition(": pass")
+        target = _by_usual_name(batch) if target is None else target
+        if target is None and problem and self._labels_needed:
+            raise TypeError(f"{problem}: {_name_it(batch)}")
+        # pytorch-forecasting's (target, weight), which has no weight
+        alone = type(target) in (tuple, list) and len(target) == 2 and target[1] is None
+        return target[0] if alone else target
 
     def begin(self) -> None:
         """Forget what was noted of another loader."""

@@ -64,8 +64,9 @@ class DistillationModule(LightningModule):
         optimizer: Called with the parameters of the student and of the losses.
         scheduler: Called with the optimizer; where it takes ``total_steps`` or ``T_max``, also with the number of
             optimizer steps of the whole training. Stepped after each optimizer step.
-        task: What a batch means and what a good answer is; :class:`~kd_lightning.tasks.Classification` unless given,
-            and for a language model of ``transformers`` :class:`~kd_lightning.tasks.LanguageModelling`.
+        task: What a batch means and what a good answer is. Unless given, that of a language model of ``transformers``;
+            :class:`~kd_lightning.tasks.Regression` for losses on values, such as
+            :class:`~kd_lightning.losses.TeacherRegression`; or :class:`~kd_lightning.tasks.Classification`.
         check_teacher: Refuse a teacher that scores at chance on the training loader.
 
     Attributes:
@@ -101,7 +102,7 @@ class DistillationModule(LightningModule):
         self.student = student
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.objective = DistillationObjective(losses, peers_of(self.teacher))
-        self.task = or_default(task, student)
+        self.task = or_default(task, student, losses.values())
         check_task(self.task)
         self.check_teacher = check_teacher
         self._optimizer, self._scheduler = optimizer, scheduler

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from kd_lightning import Distillation
+from kd_lightning import Distillation, DistillationModule
 from kd_lightning.losses import KD, HardLabel, Hint, LabelRegression, LogitsMSE, TeacherRegression
 from kd_lightning.tasks import Classification, Regression
 from tests.tiny import Network, assert_equal, good_teacher, samples, trainer, weights
@@ -183,6 +183,8 @@ def test_losses_on_values_are_those_of_a_regression() -> None:
     assert isinstance(found[2].task, Regression)
     assert {"val/agreement", "val/teacher_mae"} <= set(found[1])
 
+    module = DistillationModule(Network(), good_teacher(), {"kd": TeacherRegression()}, torch.optim.SGD)
+    assert isinstance(module.task, Regression)
     both = fit(losses={"kd": KD(), "value": TeacherRegression()})[2]
     assert isinstance(both.task, Classification)
     assert isinstance(fit(losses={"mse": LogitsMSE()})[2].task, Classification)  # of logits as well

@@ -16,6 +16,7 @@ from kd_lightning import Distillation, Teacher
 from kd_lightning.callbacks import TemperatureSchedule
 from kd_lightning.losses import KD, Hint
 from kd_lightning.schedules import linear
+from tests.third_party import Observer
 from tests.tiny import assert_equal, trainer, weights
 
 pytestmark = [
@@ -102,6 +103,15 @@ def test_it_learns_from_its_teacher_and_its_checkpoint_stays_its_own(teacher: Te
     loaded = models.MPNN.load_from_checkpoint(tmp_path / "last.ckpt")  # strict
     assert type(loaded) is models.MPNN
     assert_equal(weights(loaded), weights(student))
+
+
+def test_atoms_are_distilled_with_the_students_name_alone(teacher: Teacher) -> None:
+    student, seen = network(32), Observer()
+    layer, encoder = "W_o", teacher.network.module.message_passing
+    callback = Distillation(encoder, {"hint": Hint(layer, layer)}, student="message_passing", task_weight=0.0)
+    trainer(callbacks=[callback, seen], log_every_n_steps=1).fit(student, molecules(), molecules())
+    seen.assert_trained_by("hint", student="message_passing.")
+    seen.assert_clean(network(32))
 
 
 def test_a_forgotten_logits_argument_is_explained(teacher: Teacher) -> None:

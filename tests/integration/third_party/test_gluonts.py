@@ -90,6 +90,14 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path, monkeypatch: pytest.M
     fresh.load_state_dict(load_student(saved))
 
 
+def test_losses_on_layers_alone_need_the_students_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where loggers of theirs write
+    teacher, seen = fit(tmp_path / "teacher", 32).trained_net.model, Observer()
+    callback = Distillation(teacher, {"hint": Hint("nn", "nn")}, student="model", task_weight=0.0)
+    fit(tmp_path / "student", 16, callback, seen)
+    seen.assert_trained_by("hint", student="model.")
+
+
 class Unrolled(nn.Module):
     """A trained DeepAR, as what gives the location of the distribution at each step, (B, steps, 1)."""
 

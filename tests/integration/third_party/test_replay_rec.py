@@ -101,3 +101,11 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path) -> None:
     print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
     assert found.quantized / found.total > 0.2
     LightningModule(network(16)).load_state_dict(load_student(tmp_path / "rounded" / "last.ckpt"))
+
+
+def test_losses_on_layers_alone_need_the_students_name_alone() -> None:
+    seen = Observer()
+    callback = Distillation(network(32), {"hint": Hint("body", "body")}, student="model", task_weight=0.0)
+    it = trainer(callbacks=[callback, seen], log_every_n_steps=1)
+    it.fit(LightningModule(network(16)), DataLoader(sequences(), batch_size=16))
+    seen.assert_trained_by("hint", student="model.")

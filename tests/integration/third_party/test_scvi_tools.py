@@ -81,6 +81,14 @@ def test_it_is_distilled_saved_and_rounded(tmp_path: Path, monkeypatch: pytest.M
     fresh.module.load_state_dict(float_weights(rounded.module.state_dict()))
 
 
+def test_losses_on_layers_alone_need_the_students_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where loggers of theirs write
+    data, layer, seen = cells(), "z_encoder.encoder", Observer()
+    teacher = fit(data, 32).module
+    fit(data, 16, Distillation(teacher, {"hint": Hint(layer, layer)}, student="module", task_weight=0.0), seen)
+    seen.assert_trained_by("hint", student="module.")
+
+
 def test_a_classifier_of_cells() -> None:
     random = torch.Generator().manual_seed(0)
     counts, kinds = torch.poisson(torch.full((96, 20), 2.0), generator=random), torch.arange(96) % 3
