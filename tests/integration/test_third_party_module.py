@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from kd_lightning import Distillation, Teacher
-from kd_lightning.callbacks import TemperatureSchedule
+from kd_lightning.callbacks import QuantizationAwareTraining, TemperatureSchedule
 from kd_lightning.losses import KD, Hint
+from kd_lightning.quantization import float_weights, quantized_share
 from kd_lightning.schedules import linear
 from tests.third_party import Observer
 from tests.tiny import assert_equal, trainer, weights
@@ -103,6 +104,16 @@ def test_it_learns_from_its_teacher_and_its_checkpoint_stays_its_own(teacher: Te
     loaded = models.MPNN.load_from_checkpoint(tmp_path / "last.ckpt")  # strict
     assert type(loaded) is models.MPNN
     assert_equal(weights(loaded), weights(student))
+
+
+def test_it_is_rounded_while_it_is_distilled(teacher: Teacher) -> None:
+    student = network(32)
+    callbacks = [distillation(teacher, kd=KD()), QuantizationAwareTraining()]
+    trainer(callbacks=callbacks).fit(student, molecules(), molecules())
+    found = quantized_share(student)
+    print(f"{found.quantized} of {found.total} parameters rounded; in float: {found.in_float}")
+    assert found.quantized / found.total > 0.9
+    network(32).load_state_dict(float_weights(student.state_dict()))
 
 
 def test_atoms_are_distilled_with_the_students_name_alone(teacher: Teacher) -> None:
