@@ -39,7 +39,7 @@ def test_python_runs_as_written(section: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_compose(command: str) -> None:
-    overrides = [word for word in shlex.split(command)[1:] if word != "-m"]
+    overrides = [word for word in shlex.split(command)[1:] if word not in ("-m", "-q")]
     overrides = [re.sub(r"=([\d.]+),[\d.,]+$", r"=\1", word) for word in overrides]  # one value of a sweep
     overrides = [word for word in overrides if not word.startswith("hydra.searchpath")]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
