@@ -118,7 +118,11 @@ class Theirs(LightningModule):
 
 
 @pytest.mark.parametrize(
-    ("door", "samples"), [("module", 32), ("callback", 160)], ids=["file made", "still calibrating"]
+    ("door", "samples"),
+    [
+        pytest.param("callback", 32, id="file made"),
+        pytest.param("module", 160, id="still calibrating", marks=pytest.mark.integration),
+    ],
 )
 def test_a_resumed_training_ends_with_the_same_weights(door: str, samples: int, tmp_path: Path) -> None:
     def fit(ckpt_path: Path | None = None) -> dict[str, Tensor]:
