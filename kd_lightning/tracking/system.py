@@ -33,6 +33,9 @@ class SystemMetrics:
 
     def _measure(self) -> None:
         step, monitors = 0, _monitors()
+        for monitor in monitors:  # the load of processors is that since the last measurement
+            monitor.collect_metrics()
+            monitor.clear_metrics()
         while monitors and not self._over.wait(self._seconds):
             values: dict[str, float] = {}
             for monitor in monitors:
