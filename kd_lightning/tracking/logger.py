@@ -179,21 +179,18 @@ class MLFlowLogger(loggers.MLFlowLogger):
             artifact_location=self._artifact_location,
             run_id=given if is_new else None,
         )
-        if not self.offline:
-            if wait:
-                try:
-                    self._answers(lambda: self._make_run(journal))
-                except (ValueError, OSError):
-                    journal.close()
-                    if is_new:
-                        remove(folder)
-                    raise
-            self._shipment = self.shipper.add(journal)
-            if parent is None:
-                self.shipper.adopt(folder.parent)
-            import mlflow
-
-            mlflow.set_tracking_uri(self._tracking_uri)  # as Lightning's logger does
+        try:
+            if not self.offline:
+                self._feed_store(journal, wait)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # a signal, while nobody else knows of the run
+                journal.end("KILLED")
+            journal.close()
+            if is_new and isinstance(error, Exception):
+                remove(folder)
+            raise
+        if not self.offline and parent is None:
+            self.shipper.adopt(folder.parent)
         self._initialized, self._run_id, self._journal, self._lasts = True, journal.key, journal, lasts
 
     @property
@@ -269,6 +266,14 @@ class MLFlowLogger(loggers.MLFlowLogger):
             self.shipper.is_away(error.what)
             return False
         return True
+
+    def _feed_store(self, journal: Journal, wait: bool) -> None:
+        if wait:
+            self._answers(lambda: self._make_run(journal))
+        self._shipment = self.shipper.add(journal)
+        import mlflow
+
+        mlflow.set_tracking_uri(self._tracking_uri)  # as Lightning's logger does
 
     def _make_run(self, journal: Journal) -> None:
         """Let the store have the run before the training begins."""

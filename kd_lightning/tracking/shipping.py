@@ -53,9 +53,11 @@ class Shipment:
     def waiting(self) -> int:
         """Return how many bytes are not shipped, as far as this process knows."""
         try:
-            return 0 if self.refused else max(0, os.stat(self.folder / JOURNAL).st_size - self.offset)
+            if self.refused or os.stat(self.folder / JOURNAL).st_size <= self.offset:
+                return 0
         except OSError:
             return 0
+        return max(0, whole_size(self.folder) - self.offset)  # a torn line is nothing to wait for
 
     def advance(self, client: Callable[[], Any]) -> str | None:
         """Make the next request, if there is one.
@@ -74,7 +76,6 @@ class Shipment:
             self._load()
             lines = self._next()
             if not lines:
-                self.offset = max(self.offset, whole_size(self.folder))  # a torn line is nothing to wait for
                 return None
             (end, operation), lost = lines[-1], None
             self.uploads = operation["op"] in UPLOADS
