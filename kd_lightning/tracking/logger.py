@@ -188,6 +188,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
             journal.close()
             if is_new and isinstance(error, Exception):
                 remove(folder)
+            elif not self.offline:
+                self.shipper.add(journal.folder)  # so that its end is shipped with the rest
             raise
         if not self.offline and parent is None:
             self.shipper.adopt(folder.parent)

@@ -220,9 +220,9 @@ class Tracking:
             return self._loggers[opened]
         child = self._make_logger(run_name=name, tags={**tags, "kd.pipeline": self.run_id})
         try:
-            child.begin(folder, _params(config), self.run_id, curves, lasts=True)
+            child.begin(folder, _params(config), self.run_id, curves, wait=False, lasts=True)
         except Timeout:  # another process is at work on that run
-            child.begin(self._beside(folder), _params(config), self.run_id, curves, lasts=True)
+            child.begin(self._beside(folder), _params(config), self.run_id, curves, wait=False, lasts=True)
         self._began(child)
         self.runs[name] = child.journal.key
         return child
