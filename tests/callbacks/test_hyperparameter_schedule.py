@@ -15,7 +15,7 @@ from kd_lightning.callbacks import HyperparameterSchedule, TemperatureSchedule
 from kd_lightning.losses import KD, CurriculumTemperature, HardLabel
 from kd_lightning.schedules import cosine, linear, step, warmup
 from tests.losses.reference import softmax
-from tests.tiny import assert_equal, distillation, good_teacher, loader, network, samples, trainer, weights
+from tests.tiny import assert_equal, distillation, good_teacher, loader, logged, network, samples, trainer, weights
 
 
 class Notes(Callback):
@@ -57,9 +57,7 @@ def test_the_temperature_moves_both_sides_and_its_square(tmp_path: Path) -> None
         student.load_state_dict(state)
         # The loss is computed in float32.
         assert loss == pytest.approx(soft_loss(student, x, temperature), rel=1e-4)
-    text = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
-    column = text[0].split(",").index("kd/temperature")
-    assert [float(line.split(",")[column]) for line in text[1:]] == notes.temperatures
+    assert list(logged(tmp_path)["kd/temperature"].values()) == notes.temperatures
 
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 6, "max_epochs": -1}, {"max_steps": 6}])
@@ -122,13 +120,11 @@ def test_any_number_is_scheduled_by_its_path_and_logged_under_it(tmp_path: Path)
     module = distillation()
     fit.fit(module, loader(24))
     assert notes.weights == [0, 0, 0, 1, 1, 1]
-    text = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
-    names = text[0].split(",")
-    rows = [dict(zip(names, line.split(","), strict=True)) for line in text[1:]]
-    assert [float(row["losses/kd/weight"]) for row in rows] == notes.weights
-    assert [float(row["train/loss_weighted/kd"]) for row in rows[:3]] == [0, 0, 0]
-    for row in rows[3:]:
-        assert float(row["train/loss_weighted/kd"]) == pytest.approx(float(row["train/loss/kd"]))
+    values = logged(tmp_path)
+    assert list(values["losses/kd/weight"].values()) == notes.weights
+    weighted, raw = (list(values[f"train/{name}/kd"].values()) for name in ("loss_weighted", "loss"))
+    assert weighted[:3] == [0, 0, 0]
+    assert weighted[3:] == pytest.approx(raw[3:])
 
 
 def test_one_loss_or_all_that_have_a_temperature() -> None:

@@ -17,7 +17,7 @@ from kd_lightning.callbacks import HyperparameterSchedule
 from kd_lightning.losses import DKD, KD, MLKD, CurriculumTemperature, DistillationLoss, HardLabel, dkd, kd
 from kd_lightning.schedules import cosine, linear
 from tests.losses.reference import numerical_gradient, softmax, wave
-from tests.tiny import assert_equal, distillation, good_teacher, loader, network, sgd, trainer, weights
+from tests.tiny import assert_equal, distillation, good_teacher, loader, logged, network, sgd, trainer, weights
 
 STUDENT, TEACHER = wave((8, 10), 0.7, 0.1), wave((8, 10), 1.3, 0.5)
 
@@ -237,10 +237,8 @@ def test_a_fit_trains_theta_saves_it_and_logs_the_temperature(tmp_path: Path) ->
     assert notes.strengths == pytest.approx([(1 - math.cos(math.pi * step / 6)) / 2 for step in range(6)])
     assert notes.thetas[:2] == [1.0, 1.0]  # strength 0 in the first step
     assert len(set(notes.thetas[1:])) == 5
-    text = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
-    column = text[0].split(",").index("kd/temperature")
-    logged = [float(line.split(",")[column]) for line in text[1:]]
-    assert logged == pytest.approx([temperature_at(theta) for theta in notes.thetas], rel=1e-6)
+    found = list(logged(tmp_path)["kd/temperature"].values())
+    assert found == pytest.approx([temperature_at(theta) for theta in notes.thetas], rel=1e-6)
 
     fit.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -57,7 +57,7 @@ def test_it_is_used_again(stage, tmp_path) -> None:
     assert np.array_equal(again.result.answers, stage.result.answers)
     assert np.array_equal(again.result.scores, stage.result.scores)
     assert again.result.to_dict() == stage.result.to_dict()
-    assert {file.name for file in stage.folder.path.iterdir()} == {*FILES, "lock"}
+    assert {file.name for file in stage.folder.path.iterdir()} == {*FILES, "example.npz", "lock"}
 
 
 @pytest.mark.parametrize("name", FILES)
