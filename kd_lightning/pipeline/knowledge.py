@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from kd_lightning.tasks.calibration_error import BINS
+
 Array = NDArray[Any]
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 20.0)
-BINS = 15  # of confidence, as in Guo et al., ICML 2017, https://arxiv.org/abs/1706.04599
-_MOST_RESEMBLANCES = 250  # classes, of which each pair is compared
+MOST_RESEMBLANCES = 250
+"""The most classes of which each pair is compared."""
 
 
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
@@ -54,7 +56,7 @@ def inherited(student: Array, teacher: Array) -> float | None:
     None where there are fewer than three classes, or too many to compare each pair.
     """
     known = ~np.eye(len(teacher), dtype=bool) & np.isfinite(student) & np.isfinite(teacher)
-    if not 3 <= len(teacher) <= _MOST_RESEMBLANCES or known.sum() < 3:
+    if not 3 <= len(teacher) <= MOST_RESEMBLANCES or known.sum() < 3:
         return None
     value = float(spearmanr(student[known], teacher[known]).statistic)
     return value if np.isfinite(value) else None

@@ -4,7 +4,7 @@ The rules: where the teacher knows most beyond its answer (the entropy of what i
 student say most different things (the Jensen–Shannon divergence, from 0 to 1 bit), and some drawn by lot.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,31 +49,26 @@ def of_classes(
     scores = {"knowledge": entropy(p["teacher"])}
     if key is not None and key in p:
         scores["disagreement"] = divergence(p["teacher"], p[key])
-    scores["lot"] = np.random.default_rng(0).random(len(labels))
-    found, taken = [], set[int]()
-    for rule, score in scores.items():
-        allowed = possible & ~np.isin(np.arange(len(labels)), list(taken))
-        for i in choose(np.where(allowed, score, -np.inf), labels, _EACH):
-            taken.add(i)
-            one = {name: of[i] for name, of in p.items()}
-            classes = top(one, int(labels[i]))
-            said = {name: [float(of[c]) for c in classes] for name, of in one.items()}
-            if temperature is not None and temperature != 1:
-                soft = softmax(logits["teacher"][i : i + 1], temperature)[0]
-                said = {"teacher": said["teacher"], "teacher at T": [float(soft[c]) for c in classes], **said}
-            batch, unit = unit_of(batches, int(where[i, 0]))
-            shown = shows(batch, unit, int(where[i, 1]) if where.shape[1] == 2 else None)
-            found.append(
-                {
-                    "rule": rule,
-                    "score": float(score[i]),
-                    "input": shown,
-                    "label": int(labels[i]),
-                    "classes": classes,
-                    "says": said,
-                    "answers": {name: int(of.argmax()) for name, of in one.items()},
-                }
-            )
+    found = []
+    for i, by_rule in _chosen(scores, labels, possible):
+        one = {name: of[i] for name, of in p.items()}
+        classes = top(one, int(labels[i]))
+        said = {name: [float(of[c]) for c in classes] for name, of in one.items()}
+        if temperature is not None and temperature != 1:
+            soft = softmax(logits["teacher"][i : i + 1], temperature)[0]
+            said = {"teacher": said["teacher"], "teacher at T": [float(soft[c]) for c in classes], **said}
+        batch, unit = unit_of(batches, int(where[i, 0]))
+        shown = shows(batch, unit, int(where[i, 1]) if where.shape[1] == 2 else None)
+        found.append(
+            {
+                **by_rule,
+                "input": shown,
+                "label": int(labels[i]),
+                "classes": classes,
+                "says": said,
+                "answers": {name: int(of.argmax()) for name, of in one.items()},
+            }
+        )
     return found
 
 
@@ -93,27 +88,22 @@ def of_images(
     scores = {"knowledge": entropy(p["teacher"]).mean((1, 2))}
     if key is not None and key in p:
         scores["disagreement"] = divergence(p["teacher"], p[key]).mean((1, 2))
-    scores["lot"] = np.random.default_rng(0).random(len(target))
-    found, taken = [], set[int]()
-    for rule, score in scores.items():
-        allowed = ~np.isin(np.arange(len(target)), list(taken))
-        for i in choose(np.where(allowed, score, -np.inf), np.arange(len(target)), _EACH):
-            taken.add(i)
-            batch, unit = unit_of(batches, i)
-            doubt = (255 * (1 - p["teacher"][i].max(-1))).round().astype(np.uint8)[None]
-            answers = {name: of[i].argmax(-1) for name, of in p.items()}
-            known = target[i] >= 0
-            found.append(
-                {
-                    "rule": rule,
-                    "score": float(score[i]),
-                    "input": shows(batch, unit),
-                    "maps": {"label": mask(target[i]), **{name: mask(of) for name, of in answers.items()}},
-                    "doubt": image(doubt),
-                    "right": {name: float((of == target[i])[known].mean()) for name, of in answers.items()},
-                    "colours": [colour(c) for c in range(logits["teacher"].shape[-1])],
-                }
-            )
+    found = []
+    for i, by_rule in _chosen(scores):
+        batch, unit = unit_of(batches, i)
+        doubt = (255 * (1 - p["teacher"][i].max(-1))).round().astype(np.uint8)[None]
+        answers = {name: of[i].argmax(-1) for name, of in p.items()}
+        known = target[i] >= 0
+        found.append(
+            {
+                **by_rule,
+                "input": shows(batch, unit),
+                "maps": {"label": mask(target[i]), **{name: mask(of) for name, of in answers.items()}},
+                "doubt": image(doubt),
+                "right": {name: float((of == target[i])[known].mean()) for name, of in answers.items()},
+                "colours": [colour(c) for c in range(logits["teacher"].shape[-1])],
+            }
+        )
     return found
 
 
@@ -129,25 +119,20 @@ def of_labels(
     scores = {"knowledge": entropy(both(p["teacher"])).mean(1)}
     if key is not None and key in p:
         scores["disagreement"] = divergence(both(p["teacher"]), both(p[key])).mean(1)
-    scores["lot"] = np.random.default_rng(0).random(len(target))
-    found, taken = [], set[int]()
-    for rule, score in scores.items():
-        allowed = ~np.isin(np.arange(len(target)), list(taken))
-        for i in choose(np.where(allowed, score, -np.inf), np.arange(len(target)), _EACH):
-            taken.add(i)
-            batch, unit = unit_of(batches, i)
-            first = np.argsort(-p["teacher"][i], kind="stable")[:4].tolist()
-            classes = list(dict.fromkeys([*first, *np.flatnonzero(target[i] > 0.5).tolist()]))[:6]
-            found.append(
-                {
-                    "rule": rule,
-                    "score": float(score[i]),
-                    "input": shows(batch, unit),
-                    "set": [int(c) for c in np.flatnonzero(target[i] > 0.5)],
-                    "classes": [int(c) for c in classes],
-                    "says": {name: [float(of[i, c]) for c in classes] for name, of in p.items()},
-                }
-            )
+    found = []
+    for i, by_rule in _chosen(scores):
+        batch, unit = unit_of(batches, i)
+        first = np.argsort(-p["teacher"][i], kind="stable")[:4].tolist()
+        classes = list(dict.fromkeys([*first, *np.flatnonzero(target[i] > 0.5).tolist()]))[:6]
+        found.append(
+            {
+                **by_rule,
+                "input": shows(batch, unit),
+                "set": [int(c) for c in np.flatnonzero(target[i] > 0.5)],
+                "classes": [int(c) for c in classes],
+                "says": {name: [float(of[i, c]) for c in classes] for name, of in p.items()},
+            }
+        )
     return found
 
 
@@ -166,23 +151,37 @@ def of_values(
     scores = {"error": off}
     if key is not None and key in values:
         scores["disagreement"] = np.abs(values["teacher"][:, 0] - values[key][:, 0])
-    scores["lot"] = np.random.default_rng(0).random(len(truth))
-    examples, taken = [], set[int]()
-    for rule, score in scores.items():
-        allowed = known & ~np.isin(np.arange(len(truth)), list(taken))
-        for i in choose(np.where(allowed, score, -np.inf), np.arange(len(truth)), _EACH):
-            taken.add(i)
-            batch, unit = unit_of(batches, i)
-            examples.append(
-                {
-                    "rule": rule,
-                    "score": float(score[i]),
-                    "input": shows(batch, unit),
-                    "target": float(truth[i]),
-                    "values": {name: float(of[i, 0]) for name, of in values.items()},
-                }
-            )
+    examples = []
+    for i, by_rule in _chosen(scores, possible=known):
+        batch, unit = unit_of(batches, i)
+        examples.append(
+            {
+                **by_rule,
+                "input": shows(batch, unit),
+                "target": float(truth[i]),
+                "values": {name: float(of[i, 0]) for name, of in values.items()},
+            }
+        )
     return {"points": points, "examples": examples}
+
+
+def _chosen(
+    scores: Mapping[str, Array], groups: Array | None = None, possible: Array | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield units by each rule, and some drawn by lot: none twice; with the rule, and how the unit scores by it.
+
+    Args:
+        scores: By rule: (n,).
+        groups: (n,), of each of which there is one while there are others; each unit its own unless given.
+        possible: bool (n,), which may be chosen; all unless given.
+    """
+    count = len(next(iter(scores.values())))
+    groups = np.arange(count) if groups is None else groups
+    free = np.ones(count, dtype=bool) if possible is None else possible.copy()
+    for rule, score in {**scores, "lot": np.random.default_rng(0).random(count)}.items():
+        for i in choose(np.where(free, score, -np.inf), groups, _EACH):
+            free[i] = False
+            yield i, {"rule": rule, "score": float(score[i])}
 
 
 def of_neighbours(

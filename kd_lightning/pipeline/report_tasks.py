@@ -174,7 +174,7 @@ def _structure(logits: Mapping[str, Sequence[Array]], labels: Array, names: Mapp
     """Return which classes resemble which to each model, and how far it is calibrated."""
     calibrations: dict[str, list[dict[str, Any]]] = {}
     maps: dict[str, list[Array]] = {}
-    few = 3 <= logits["teacher"][0].shape[1] <= knowledge._MOST_RESEMBLANCES
+    few = 3 <= logits["teacher"][0].shape[1] <= knowledge.MOST_RESEMBLANCES
     for name, several in logits.items():
         for of in several:
             p = knowledge.softmax(of)
