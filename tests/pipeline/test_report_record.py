@@ -17,6 +17,7 @@ from kd_lightning.pipeline.shown_inputs import Shows, image, top
 from kd_lightning.report.html import render
 from kd_lightning.tasks import Batch, Classification, LanguageModelling, Regression
 from tests.pipeline import tiny_training
+from tests.report.records import by_task
 
 N = 60
 
@@ -112,3 +113,13 @@ def test_a_record_of_stages_is_rendered_and_its_networks_run_once(tmp_path: Path
     path.unlink()
     with pytest.raises(TypeError, match="not callable"):
         report_record.write_record(path, **given, config=config)
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation", "several labels", "rows"])
+def test_no_unit_is_shown_twice_and_each_rule_shows_a_few(kind: str) -> None:
+    examples = by_task()[kind]["examples"]
+    units = [json.dumps(example["input"]) for example in examples]
+    assert len(set(units)) == len(units)
+    rules = [example["rule"] for example in examples]
+    first = "error" if kind == "rows" else "knowledge"
+    assert rules == [first] * 4 + ["disagreement"] * 4 + ["lot"] * 4
