@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Distillation", "DistillationModule", "Outputs", "Teacher", "load_student"]
 
-_IN_COMMAND = sys.argv[:1] == ["-m"] or Path((sys.argv or [""])[0]).stem == "kd-lightning"
+_IN_COMMAND = sys.argv[:1] == ["-m"] or Path((sys.argv or [""])[0]).stem.startswith("kd-lightning")
 
 
 def load() -> None:

@@ -9,22 +9,28 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 import kd_lightning
 from kd_lightning.configuration.composing import Held, explain
 
+if TYPE_CHECKING:
+    from kd_lightning.answers import Question
+
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 _OWN_FLAGS = {"-q": "quiet", "--quiet": "quiet", "--json": "json"}
+_BEGUN = time.time_ns()
 _terminated = False
 _flags: set[str] = set()
 
@@ -81,11 +87,34 @@ def _hydra_main(config: DictConfig) -> float | None:
     if isinstance(sys.stderr, Held):  # the configuration is there
         sys.stderr = sys.stderr.stream
     _quiet()
+    from kd_lightning.answers import find, say_again
+
+    overrides, sweep = _overrides(), _sweep()
+    quiet, as_json = "quiet" in _flags, "json" in _flags
+    asked = _asked(config, overrides) if sweep is None else None
+    answer = find(Path(config.work_dir), asked) if asked is not None else None
+    if answer is not None:
+        say_again(answer, Console(width=None if sys.stdout.isatty() else 100), quiet=quiet, as_json=as_json)
+        return answer.objective
     with Console(quiet=bool(_flags)).status("importing PyTorch and Lightning"):
         kd_lightning.load()
         from kd_lightning.command import run
 
-    return run(config, _base(), _overrides(), _sweep(), quiet="quiet" in _flags, as_json="json" in _flags)
+    return run(config, _base(), overrides, sweep, asked=asked, quiet=quiet, as_json=as_json)
+
+
+def _asked(config: DictConfig, overrides: list[str]) -> "Question | None":
+    """Return what the command asks; None where it has to run to be known."""
+    from kd_lightning.answers import question
+
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:  # which the pipeline says
+        return None
+    assert isinstance(resolved, dict)
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [source.path for source in sources if source.schema == "file" and source.path]
+    return question({str(key): value for key, value in resolved.items()}, overrides, folders, _BEGUN)
 
 
 def _overrides() -> list[str]:

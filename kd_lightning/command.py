@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from kd_lightning.answers import Question
 from kd_lightning.configuration.arguments import in_a_line
 from kd_lightning.configuration.assembling import pipeline
-from kd_lightning.records import Verdict
 from kd_lightning.report.verdict_json import text_of
 from kd_lightning.report.words import say
 
@@ -26,6 +26,7 @@ def run(
     overrides: Sequence[str],
     sweep: tuple[Path, Sequence[str]] | None = None,
     *,
+    asked: Question | None = None,
     quiet: bool = False,
     as_json: bool = False,
 ) -> float | None:
@@ -36,6 +37,7 @@ def run(
         base: Experiment or data, with which the pipeline's name begins, unless the configuration has a name.
         overrides: With which it was composed.
         sweep: Of which it is a job: its folder, and the overrides that differ between its jobs.
+        asked: What a later command is answered by.
         quiet: Print the sentence alone.
         as_json: Print ``verdict.json`` alone.
 
@@ -44,6 +46,7 @@ def run(
     """
     try:
         job = pipeline(config, base, overrides, sweep)
+        job.asked = asked
         if quiet or as_json:
             job.console = Console(quiet=True)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # libraries print there, too
@@ -59,14 +62,4 @@ def run(
         print(text_of(verdict))
     elif quiet:
         print(say(verdict).sentence)
-    return sweep_objective(verdict)
-
-
-def sweep_objective(verdict: Verdict) -> float | None:
-    """Return what a Hydra sweeper optimises: the distilled model's headline on the validation split.
-
-    Accuracies and other headlines of which more is better are to be maximised, errors to be minimised: set the
-    sweeper's ``direction`` to that.
-    """
-    chosen = verdict.models.get(verdict.distilled or "")
-    return chosen.figures.get("val") if chosen is not None else None
+    return verdict.objective

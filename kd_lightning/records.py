@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_lightning.tasks import Headline
+from kd_lightning.headline import Headline
 
 Role = Literal["teacher", "assistant", "student", "control", "distilled", "continued", "quantized"]
 
@@ -315,6 +315,16 @@ class Verdict:
     def decided(self) -> bool:
         """Whether the question could be asked: both were run, with several seeds, and have learned something."""
         return self.reason in ("shown", "costs", "not_shown")
+
+    @property
+    def objective(self) -> float | None:
+        """What a Hydra sweeper optimises: the distilled model's headline on the validation split.
+
+        Accuracies and other headlines of which more is better are to be maximised, errors to be minimised: set the
+        sweeper's ``direction`` to that.
+        """
+        chosen = self.models.get(self.distilled or "")
+        return chosen.figures.get("val") if chosen is not None else None
 
     def metrics(self) -> dict[str, float | None]:
         """Return what MLflow shows of the verdict in the parent run: by it pipelines are compared.

@@ -27,6 +27,7 @@ _PACKAGE = Path(__file__).parent
 TELLS = frozenset(
     {
         "__main__.py",
+        "answers.py",
         "cli.py",
         "command.py",
         "configuration/assembling.py",
@@ -60,6 +61,7 @@ TELLS = frozenset(
         "report/many.py",
         "report/markdown.py",
         "report/report_command.py",
+        "report/stage_progress.py",
         "report/svg.py",
         "report/table.py",
         "report/terminal.py",

@@ -66,6 +66,9 @@ class CIFAR(ImageData):
         self.download, self.augment = download, augment
         self.validation, self.split_seed = validation, split_seed
 
+    def sources(self) -> Sequence[Path]:
+        return [self.file]
+
     def prepare_data(self) -> None:
         if self.file.is_file():
             check(self.file, self.md5, "md5")

@@ -219,6 +219,10 @@ class Completions(RoleData):
             if not file.is_file():
                 raise ValueError(f"there is no file of completions {file}: data.files=[a.jsonl], relative to here")
 
+    def sources(self) -> Sequence[Path] | None:
+        own, texts = super().sources(), self.texts.sources()
+        return None if own is None or texts is None else [*own, *texts, *self.files]
+
     @property
     def tokenizer(self) -> Tokenizer:
         """What cuts the texts into tokens: the student's."""

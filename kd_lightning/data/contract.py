@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -34,6 +35,8 @@ class Data:
       ``batch_size``: a stage is used again where both are the same; else where its configuration and code are.
     - ``digests()``: hash and number of the samples by what they are for (``training``, ``validation``, ``test``), which
       MLflow shows as datasets; without it the hashes are of the fingerprint, or of the configuration.
+    - ``sources()``: the files and folders that it reads; with it, and where all else is as it was, the same command is
+      answered at once. None where that is not known.
     - ``class_names``: in errors, in the verdict and in exported files; ``mean`` and ``std`` of the inputs: in these.
     - ``counts``: how many samples there are by name, which is logged; ``counts["unlabelled"]``: how many the distilled
       student has beyond those of the student alone. ``described``: further names and numbers that are logged.
@@ -72,6 +75,7 @@ class Data:
         for name, fits, expected in (
             ("training_set", callable, "a method that returns the training set"),
             ("fingerprint", callable, "a method that returns a string"),
+            ("sources", callable, "a method that returns paths"),
             ("digests", callable, "a method that returns (hash, number) by split"),
             ("wrappers", _is_list, "a list of functions, empty at first"),
             ("batch_size", _is_count, "a whole number of 1 or more"),
@@ -126,6 +130,11 @@ class Data:
         """Return what a stage is used again by; None where the module does not say."""
         own = self._found("fingerprint")
         return None if own is None else [own(), self._found("batch_size")]
+
+    def sources(self) -> Sequence[Path] | None:
+        """Return the files and folders that it reads; None where the module does not say."""
+        own = self._found("sources")
+        return None if own is None else own()
 
     def digests(self) -> dict[str, tuple[str, int]] | None:
         """Return hash and number of the samples of each split; None where the module does not say."""

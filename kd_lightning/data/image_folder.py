@@ -79,6 +79,9 @@ class ImageFolder(ImageData):
                 differing = ", ".join(sorted(set(_classes(other)) ^ set(self.class_names))[:5])
                 raise ValueError(f"{other} has other classes than train: {differing} in one of the two only")
 
+    def sources(self) -> Sequence[Path]:
+        return [self.folder]
+
     def load_subsets(self) -> dict[str, "_Files"]:
         v2 = _transforms()
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]

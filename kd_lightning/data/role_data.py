@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningDataModule
@@ -78,6 +79,10 @@ class RoleData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return in_order(self.subset("test"), self.eval_batch_size, self.num_workers)
+
+    def sources(self) -> Sequence[Path] | None:
+        """Return the files and folders that it reads, beyond those of this package; None where it does not say."""
+        return () if type(self).__module__.startswith(__package__.partition(".")[0]) else None
 
     def digests(self) -> dict[str, tuple[str, int]]:
         """Return hash and number of the samples of each split that this role sees, as MLflow shows them."""

@@ -109,6 +109,11 @@ class TextData(RoleData):
         self.eval_blocks = eval_blocks
         self._tokenizer: Tokenizer | None = None
 
+    def sources(self) -> Sequence[Path] | None:
+        found = super().sources()
+        files = () if self.tokens in ("characters", "bytes") else (Path(self.tokens),)
+        return None if found is None else [*found, *files]
+
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Return the documents by role: ``teacher``, ``student``, ``validation``, ``test``."""
         raise NotImplementedError
@@ -216,6 +221,11 @@ class TextFiles(TextData):
                 raise ValueError(
                     f"there is no text file {file}: data.files=[a.txt,b.txt] names files, relative to here"
                 )
+
+    def sources(self) -> Sequence[Path] | None:
+        own = super().sources()
+        by_role = self.files.values() if isinstance(self.files, Mapping) else [self.files]
+        return None if own is None else [*own, *(Path(file) for files in by_role for file in files)]
 
     def documents(self) -> dict[str, list[str]]:
         if isinstance(self.files, Mapping):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from kd_lightning.answers import Answer, Question, keep
 from kd_lightning.data.contract import Data, make_data
 from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
@@ -32,9 +33,11 @@ from kd_lightning.records import Verdict
 from kd_lightning.report.facts import RECORD
 from kd_lightning.report.html import write_report
 from kd_lightning.report.markdown import as_markdown
+from kd_lightning.report.stage_progress import StageProgress
 from kd_lightning.report.table import temperature
-from kd_lightning.report.terminal import StageProgress, print_verdict
-from kd_lightning.report.verdict_json import write_verdict
+from kd_lightning.report.terminal import print_places, print_verdict, tables_of
+from kd_lightning.report.verdict_json import VERDICT, write_verdict
+from kd_lightning.report.words import say
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.logger import check_writable
@@ -69,6 +72,7 @@ class Pipeline:
         reference: Label of the distilled model with which the others are compared; None for no such table.
         register: Name under which the model that the verdict would serve is registered; None for nothing.
         sweep: Of which it is a job.
+        asked: What the command asked, by which the same command finds what this one found; None for no such answer.
 
     Raises:
         ValueError: For a training whose teacher is not there, and a reference that is no distilled model.
@@ -90,6 +94,7 @@ class Pipeline:
     reference: str | None = None
     register: str | None = None
     sweep: Sweep | None = None
+    asked: Question | None = None
 
     def __post_init__(self) -> None:
         known = [training.label for training in (self.teacher, *self.members) if training is not None]
@@ -143,23 +148,53 @@ class Pipeline:
             shown = [f"final/{name}" for name in ("agreement", "retention", size, "latency_ms_p50")]
             tracking.share_views(self.task.headline.key, shown)
             try:
-                finished = self._run_stages(tracking)
+                finished, stages = self._run_stages(tracking)
                 if not is_rank_zero():
                     return None
-                verdict = self._compare(finished, tracking, folder / "verdict.json") if self.verdict else None
+                verdict, page = self._compare(finished, tracking, folder / VERDICT) if self.verdict else (None, None)
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
                 tracking.close("KILLED" if interrupted else "FAILED")
                 raise
             tracking.close("FINISHED")
-            for i, place in enumerate(tracking.places()):
-                self.console.print(f"\n{place}" if i == 0 else place, highlight=False, soft_wrap=True)
+            places = tracking.places()
+            print_places(page, places, self.console)
+            if self.asked is not None and verdict is not None and page is not None and alone:
+                self._keep_answer(self.asked, verdict, page, places, tracking, folder, stages)
             return verdict
+
+    def _keep_answer(
+        self,
+        asked: Question,
+        verdict: Verdict,
+        page: Path,
+        places: Sequence[str],
+        tracking: Tracking,
+        folder: Path,
+        stages: Sequence[Path],
+    ) -> None:
+        """Keep what was found for the same command, where it can be known whether anything has changed."""
+        sources = make_data((self.teacher or self.students[0]).data, role="distilled", seed=0).sources()
+        stored = tracking.store_and_run()
+        if sources is None or stored is None:
+            return
+        answer = Answer(
+            tables=tables_of(verdict),
+            words=say(verdict),
+            objective=verdict.objective,
+            verdict=str(folder / VERDICT),
+            report=str(page),
+            places=tuple(places),
+            store=stored[0],
+            run_id=stored[1],
+        )
+        keep(folder, asked, answer, sources, stages)
 
     def _trainings(self) -> list[Training]:
         return [training for training in (self.teacher, *self.members, *self.assistants, *self.students) if training]
 
-    def _run_stages(self, tracking: Tracking) -> list[FinishedStage]:
+    def _run_stages(self, tracking: Tracking) -> tuple[list[FinishedStage], list[Path]]:
+        """Return the rows of the comparison, and the folders of all that they follow from."""
         trainings = self._trainings()
         rows = [training for training in trainings if training.label not in {member.label for member in self.members}]
         finished: list[FinishedStage] = []
@@ -184,7 +219,8 @@ class Pipeline:
                         store_teachers_outputs(waiting, stage, self.work_dir, stored)
             if self.quantized is not None:
                 finished += self.quantized.run(finished, run)
-        return finished
+        folders = [stage.folder.path for stage in (*by_label.values(), *finished)]
+        return finished, [*folders, *stored]
 
     def _run_one(
         self, training: Training, finished: Mapping[str, FinishedStage], tracking: Tracking, progress: StageProgress
@@ -225,7 +261,7 @@ class Pipeline:
         tracking.finish(run_id)
         return stage
 
-    def _compare(self, finished: list[FinishedStage], tracking: Tracking, path: Path) -> Verdict:
+    def _compare(self, finished: list[FinishedStage], tracking: Tracking, path: Path) -> tuple[Verdict, Path | None]:
         data = make_data(finished[0].training.data, role="distilled", seed=0)
         data.setup("validate")
         data.setup("test")
@@ -264,13 +300,12 @@ class Pipeline:
         tracking.tag(tracking.run_id, "mlflow.note.content", as_markdown(verdict))
         self.console.print()
         print_verdict(verdict, self.console)
-        self._report(path.with_name(RECORD), verdict, finished, data, tracking)
-        return verdict
+        return verdict, self._report(path.with_name(RECORD), verdict, finished, data, tracking)
 
     def _report(
         self, path: Path, verdict: Verdict, finished: Sequence[FinishedStage], data: Data, tracking: Tracking
-    ) -> None:
-        """Write the report; its failure fails no pipeline, whose verdict is there."""
+    ) -> Path | None:
+        """Write the report and return it; its failure fails no pipeline, whose verdict is there."""
         try:
             write_record(
                 path,
@@ -286,11 +321,10 @@ class Pipeline:
             if os.environ.get(RAISE_ERRORS_OF_REPORT) == "1":
                 raise
             _log.warning("no report was written, %s: %s; the verdict stands", type(error).__name__, error)
-            return
+            return None
         tracking.artifact(tracking.run_id, path)
         tracking.artifact(tracking.run_id, page)
-        self.console.print()
-        self.console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+        return page
 
     def _measure(self, finished: Sequence[FinishedStage], data: Data) -> dict[str, dict[str, float]]:
         """Time one network of each model, or its file; return the figures by label."""

@@ -18,8 +18,8 @@ from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 from scipy.stats import DegenerateDataWarning, bootstrap
 
+from kd_lightning.headline import Headline
 from kd_lightning.records import Interval, Share
-from kd_lightning.tasks.headline import Headline
 
 _RESAMPLES = 2000  # the standard error of a standard error is then 1.6 % of it
 

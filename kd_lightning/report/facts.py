@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.headline import Headline
 from kd_lightning.records import FIGURES, TITLES
 from kd_lightning.report.words import percent
-from kd_lightning.tasks import Headline
 
 VERSION = 1
 RECORD, PAGE = "report.json", "report.html"

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from kd_lightning.headline import Headline
 from kd_lightning.records import Interval
 from kd_lightning.report.facts import Facts, duration, times
 from kd_lightning.report.words import change, percent
-from kd_lightning.tasks import Headline
 
 
 class Card(NamedTuple):

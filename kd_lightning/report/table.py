@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
+from kd_lightning.headline import Headline
 from kd_lightning.records import FIGURES, Figure, Verdict
 from kd_lightning.report.words import change, percent, title
-from kd_lightning.tasks import Headline
 
 _BY_KEY = {figure.key: figure for figure in FIGURES}
 

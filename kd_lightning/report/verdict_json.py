@@ -9,6 +9,8 @@ from kd_lightning.durable_files import write_atomically
 from kd_lightning.records import Verdict
 from kd_lightning.report.words import say
 
+VERDICT = "verdict.json"
+
 
 def as_dict(verdict: Verdict) -> dict[str, Any]:
     """Return everything for strict JSON: what is not a number is None."""

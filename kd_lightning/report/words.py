@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from kd_lightning.headline import Headline
 from kd_lightning.records import TITLES, Interval, Model, Verdict
-from kd_lightning.tasks import Headline
 
 
 class Words(NamedTuple):

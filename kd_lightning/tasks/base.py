@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, EnsembleOutputs, Outputs, PeerOutputs, TopK, classes_last, mixed
 from kd_lightning.tasks.batch import Batch, unwrapped
 from kd_lightning.tasks.calibration_error import CalibrationError
-from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
 
 _TOO_FEW_TO_JUDGE = 100

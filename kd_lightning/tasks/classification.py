@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK, class_dim, classes_last
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
-from kd_lightning.tasks.headline import Headline
 
 
 class Classification(Task):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
-from kd_lightning.tasks.headline import Headline
 
 _ROWS = 1024  # of the matrix of similarities that are there at one time
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks.batch import IGNORE_INDEX, Batch
 from kd_lightning.tasks.classification import Classification
-from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
 from kd_lightning.tasks.token_classification import TokenClassification
 from kd_lightning.tokens import read_tokenizer

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs
-from kd_lightning.tasks.headline import Headline
 
 
 class Scoring(Protocol):

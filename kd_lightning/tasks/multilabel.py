@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
-from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.of_counts import macro_f1
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, Outputs, TopK
 from kd_lightning.tasks.base import Task
-from kd_lightning.tasks.headline import Headline
 
 
 class Regression(Task):

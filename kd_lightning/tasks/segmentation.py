@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, TopK
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.classification import Classification
-from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.of_counts import mean_iou
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import MetricCollection
 
+from kd_lightning.headline import Headline
 from kd_lightning.outputs import AnyOutputs, TopK
 from kd_lightning.tasks.base import Task
 from kd_lightning.tasks.batch import IGNORE_INDEX
 from kd_lightning.tasks.classification import Classification
-from kd_lightning.tasks.headline import Headline
 from kd_lightning.tasks.metric import HeadlineMetric
 from kd_lightning.tasks.of_counts import macro_f1
 

@@ -15,6 +15,7 @@ from kd_lightning.tracking.journal_logger import JournalLogger
 from kd_lightning.tracking.logger import MLFlowLogger, safe_name
 from kd_lightning.tracking.shipper import PATIENCE, Shipper
 from kd_lightning.tracking.shipping import is_shipped, remove
+from kd_lightning.tracking.store import store_name
 from kd_lightning.tracking.sweeps import Sweep
 from kd_lightning.tracking.view import look, place
 
@@ -108,6 +109,18 @@ class Tracking:
             if isinstance(logger, MLFlowLogger) and logger.experiment_id is not None:
                 found.append(place(what, str(logger.tracking_uri), logger.experiment_id, str(logger.run_id)))
         return found
+
+    def store_and_run(self) -> tuple[str | None, str | None] | None:
+        """Return the store that has all of the runs, as the parent's journal names it, and the parent's id in it.
+
+        Both are None where no store is asked. None for both where it lacks something: the same command ships that.
+        """
+        if self._shipper is None:
+            return None, None
+        if self._shipper.undelivered() is not None:
+            return None
+        assert isinstance(self._parent, MLFlowLogger)
+        return store_name(str(self._parent.tracking_uri), self._folder), self._parent.run_id
 
     def logger(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> RunLogger | None:
         """Return the logger of a stage that is trained; its run is gone on with, whatever its parent was.

@@ -125,6 +125,7 @@ def test_what_cannot_be_is_refused_with_the_folder_or_file(tmp_path: Path):
 @needs_torchvision
 def test_the_fingerprint_changes_with_files_and_transforms(tmp_path: Path):
     folder = write(tmp_path, {"train": 5, "test": 3})
+    assert make(folder).sources() == [folder]
     before = make(folder).fingerprint()
     assert before == make(folder, seed=1, batch_size=2, role="teacher").fingerprint()
     assert before != make(folder, crop=12).fingerprint()

@@ -51,6 +51,25 @@ def test_the_same_command_again_trains_nothing(finished, tmp_path: Path) -> None
     assert [run.inputs.to_dictionary() for run in children[:4]] == [run.inputs.to_dictionary() for run in children[4:]]
 
 
+def test_where_nothing_has_changed_the_same_command_says_at_once_what_it_found(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    run = kd_lightning(*TINY, cwd=folder)  # not answered by what was found in another folder
+    assert run.count("reused") == 4
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (verdict,) = folder.glob("mlruns/stages/*/verdict.json")
+    again = kd_lightning(*TINY, cwd=folder)
+    assert again.startswith("Nothing has changed since 20")
+    assert again.partition("\n\n")[2] == run.partition("\n\n")[2]  # tables, words, the report and the view
+    assert again.count("\n") > 15
+    assert kd_lightning("--json", *TINY, cwd=folder) == verdict.read_text()
+    assert kd_lightning("-q", *TINY, cwd=folder) == f"{json.loads(verdict.read_text())['sentence']}\n"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    client, parents, _ = runs(folder)
+    client.delete_run(parents[-1].info.run_id)
+    assert kd_lightning(*TINY, cwd=folder).count("reused") == 4
+    assert len(runs(folder)[1]) == len(parents)
+
+
 def test_what_has_changed_is_trained_and_nothing_else(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     printed = kd_lightning(*TINY, "losses.kd.temperature=2", cwd=folder)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kd_lightning.tasks import Headline
+from kd_lightning.headline import Headline
 
 ERROR = Headline(name="error", key="err", units="days", higher_is_better=False, percent=False, symbol="mm", digits=2)
 RATIO = Headline(name="ratio", key="ratio", units="texts", of_mean=lambda mean: mean[0] / mean[1])

@@ -1,0 +1,225 @@
+"""The same command is answered by what it found, unless anything that it depends on has changed."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from kd_lightning.answers import Answer, Question, find, keep, question
+from kd_lightning.data import CIFAR10, Completions, FashionMNIST, ShakespeareText, TextFiles
+from kd_lightning.report.table import Table
+from kd_lightning.report.words import Words
+from kd_lightning.tracking.sqlite import create_database
+from kd_lightning.tracking.store import store_name
+
+ANSWER = Answer(
+    tables=(Table(("", "accuracy %"), (("teacher", "90.0 ± –"), ("distilled", "80.0 ± 0.1")), "a note"),),
+    words=Words("Worth it: by 3 points.", ("one", "two"), ()),
+    objective=0.5,
+    verdict="mlruns/stages/pipeline-1/verdict.json",
+    report="mlruns/stages/pipeline-1/report.html",
+    places=("a place",),
+    store=None,
+    run_id=None,
+)
+
+
+class Project:
+    """A user's folder, with all that an answer depends on; nothing is trained."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(folder))
+        self.config: dict[str, Any] = {
+            "work_dir": "mlruns/stages",
+            "losses": {"kd": {"_target_": "kd_lightning.losses.KD", "temperature": 4.0}},
+            "models": {"student": {"_target_": "nets_of_mine.Student"}},
+            "teacher": {"checkpoint": "teacher.ckpt", "seed": 0},
+        }
+        self.overrides = ["losses.kd.temperature=4"]
+        self.pipeline, self.stage = folder / "mlruns/stages/pipeline-1", folder / "mlruns/stages/teacher-1"
+        for path, content in {
+            "conf/config.yaml": "seeds: [0]",
+            "nets_of_mine.py": "Student = 1\n",
+            "teacher.ckpt": "weights",
+            "images/train/0.png": "image",
+            "mlruns/stages/pipeline-1/verdict.json": "{}",
+            "mlruns/stages/teacher-1/final.ckpt": "weights",
+            "mlruns/stages/teacher-1/lock": "",
+        }.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(content)
+        monkeypatch.delitem(sys.modules, "nets_of_mine", raising=False)
+        __import__("nets_of_mine")
+        time.sleep(0.1)  # what is there was there before the command
+
+    def ask(self, since: int | None = None) -> Question | None:
+        return question(self.config, self.overrides, ["conf"], time.time_ns() if since is None else since)
+
+    def keep(self, answer: Answer = ANSWER, since: int | None = None) -> None:
+        asked = self.ask(since)
+        assert asked is not None
+        keep(self.pipeline, asked, answer, [Path("images")], [self.stage])
+
+    def found(self) -> Answer | None:
+        asked = self.ask()
+        return None if asked is None else find(Path("mlruns/stages"), asked)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(tmp_path, monkeypatch)
+
+
+def test_it_is_found_again_as_it_was_and_says_when(project: Project) -> None:
+    assert project.found() is None
+    project.keep()
+    found = project.found()
+    assert found is not None
+    assert found.at.startswith("20")
+    assert {**vars(found), "at": ""} == vars(ANSWER)
+
+
+def test_what_tells_nothing_of_the_outcome_may_change(project: Project) -> None:
+    project.keep()
+    (project.stage / "lock").write_text("of another command")
+    (project.pipeline / "shipped.json").write_text("{}")
+    (project.folder / "notes.txt").write_text("not of the project")
+    (project.folder / "__pycache__").mkdir(exist_ok=True)
+    assert project.found() is not None
+
+
+def rewrite(path: str) -> Callable[[Project], None]:
+    """Write a file again with other bytes, of the same number and with the same time of modification."""
+
+    def change(project: Project) -> None:
+        file = project.folder / path
+        before = file.stat()
+        file.write_text(file.read_text()[::-1])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    return change
+
+
+def package(project: Project) -> None:
+    (project.folder / "torch_of_mine-2.0.dist-info").mkdir()
+
+
+CHANGES: dict[str, Callable[[Project], object]] = {
+    "a value": lambda p: p.config["losses"]["kd"].update(temperature=2.0),
+    "an override": lambda p: p.overrides.append("seeds=[0]"),
+    "a configuration's file": rewrite("conf/config.yaml"),
+    "another configuration's file": lambda p: (p.folder / "conf/more.yaml").write_text("a: 1"),
+    "a module of one's own": rewrite("nets_of_mine.py"),
+    "a checkpoint that is named": rewrite("teacher.ckpt"),
+    "a sample": rewrite("images/train/0.png"),
+    "another sample": lambda p: (p.folder / "images/train/1.png").write_text("image"),
+    "a sample less": lambda p: (p.folder / "images/train/0.png").unlink(),
+    "trained weights": rewrite("mlruns/stages/teacher-1/final.ckpt"),
+    "a stage less": lambda p: p.stage.rename(p.folder / "elsewhere"),
+    "the verdict": rewrite("mlruns/stages/pipeline-1/verdict.json"),
+    "an installed package": package,
+    "the answer itself, torn": lambda p: next(p.pipeline.glob("answer-*")).write_text('{"sha256": "0", "ans'),
+    "the answer itself, changed": lambda p: _replace(next(p.pipeline.glob("answer-*")), "80.0", "99.0"),
+}
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_is_not_found_after_a_change_of(project: Project, change: str) -> None:
+    project.keep()
+    assert project.found() is not None
+    CHANGES[change](project)
+    assert project.found() is None
+
+
+def test_it_is_not_found_in_another_environment_or_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.keep()
+    with monkeypatch.context() as changed:
+        changed.setenv("OMP_NUM_THREADS", "37")
+        assert project.found() is None
+    with monkeypatch.context() as changed:
+        changed.setenv("LOCAL_RANK", "0")
+        assert project.ask() is None
+    assert project.found() is not None
+    (project.folder / "sub").mkdir()
+    monkeypatch.chdir(project.folder / "sub")
+    asked = project.ask()
+    assert asked is not None
+    assert find(Path("../mlruns/stages"), asked) is None
+
+
+@pytest.mark.parametrize("path", ["nets_of_mine.py", "images/train/0.png", "conf/config.yaml", "teacher.ckpt"])
+def test_none_is_kept_of_what_was_edited_while_the_command_ran(project: Project, path: str) -> None:
+    since = time.time_ns()
+    rewrite(path)(project)
+    project.keep(since=since)
+    assert project.found() is None
+    time.sleep(0.1)
+    project.keep()
+    assert project.found() is not None
+
+
+@pytest.mark.parametrize("target", ["kd_lightning.models.hugging_face", "transformers.AutoModel.from_pretrained"])
+def test_what_may_read_from_elsewhere_has_to_run(project: Project, target: str) -> None:
+    project.config["models"]["student"]["_target_"] = target
+    assert project.ask() is None
+
+
+def test_a_run_that_the_store_no_longer_has_is_made_again(project: Project) -> None:
+    file = project.folder / "mlruns/mlflow.db"
+    create_database(file)
+    client = MlflowClient(f"sqlite:///{file}")
+    run = client.create_run(client.create_experiment("mine")).info.run_id
+    store = store_name(f"sqlite:///{file}", project.pipeline)
+    project.keep(Answer(**{**vars(ANSWER), "store": store, "run_id": run}))
+    assert project.found() is not None
+    client.delete_run(run)
+    assert project.found() is None
+    client.restore_run(run)
+    assert project.found() is not None
+    file.rename(project.folder / "gone.db")
+    assert project.found() is None
+
+
+def test_data_modules_say_what_they_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    text = str(tmp_path / "a.txt")
+    assert FashionMNIST().sources() == ()
+    assert ShakespeareText().sources() == []
+    assert CIFAR10(folder=tmp_path).sources() == [tmp_path / CIFAR10.archive]
+    files = {role: [text] for role in ("teacher", "student", "validation", "test")}
+    assert TextFiles([text]).sources() == [Path(text)]
+    assert TextFiles([text], tokens="tokenizer.json").sources() == [Path("tokenizer.json"), Path(text)]
+    with pytest.raises(ValueError, match="one role"):
+        TextFiles(files)
+    completions = Completions(TextFiles([text]), files=[text])
+    assert completions.sources() == [Path(text), Path(text)]
+
+    class Mine(ShakespeareText):
+        """Reads what this package does not know."""
+
+    assert Mine().sources() is None
+    assert Completions(Mine(), files=[text]).sources() is None
+
+
+def test_neither_answers_nor_reports_import_what_takes_seconds() -> None:
+    program = (
+        "import sys; sys.argv = ['kd-lightning']\n"
+        "import kd_lightning.cli, kd_lightning.answers, kd_lightning.report.report_command\n"
+        "print([name for name in ('torch', 'lightning', 'mlflow', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
