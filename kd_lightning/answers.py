@@ -35,7 +35,7 @@ from kd_lightning.tracking.store import named_store, plain_client
 
 _PACKAGE = Path(__file__).parent
 _STANDARD = sysconfig.get_paths()["stdlib"]
-_ENVIRONMENT = re.compile(r"(MLFLOW|KD|CUDA|OMP|MKL|ORT|OPENVINO|TORCH|PYTORCH|PL|HF|TRANSFORMERS)_")
+_ENVIRONMENT = re.compile(r"(MLFLOW|CUDA|OMP|MKL|ORT|OPENVINO|TORCH|PYTORCH|PL|HF|TRANSFORMERS)_")
 """Variables of the environment on which a run may depend."""
 _NOT_LOOKED_AT = re.compile(r"\..*|__pycache__|lock|owner|shipped\.json|answer-\w+\.json|.*\.pyc")
 _KNOWN = ("kd_lightning.", "torch.", "torchmetrics.", "lightning.", "functools.", "builtins.")

@@ -4,6 +4,7 @@ What a pipeline needs takes seconds to import, and is imported once there is a c
 ``--cfg job`` do not wait for it.
 """
 
+import json
 import logging
 import os
 import re
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 _WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 _OWN_FLAGS = {"-q": "quiet", "--quiet": "quiet", "--json": "json"}
+_ARGUMENTS = "KD_ARGUMENTS"
+"""Variable of the environment with the command's arguments: a process that a launcher starts may have another argv."""
 _BEGUN = time.time_ns()
 _terminated = False
-_flags: set[str] = set()
 
 
 def conf_dir() -> Path:
@@ -44,9 +46,8 @@ def conf_dir() -> Path:
 def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
     signal.signal(signal.SIGTERM, _on_sigterm)
-    for word in [word for word in sys.argv[1:] if word in _OWN_FLAGS]:  # Hydra takes no flags but its own
-        sys.argv.remove(word)
-        _flags.add(_OWN_FLAGS[word])
+    os.environ[_ARGUMENTS] = json.dumps(sys.argv[1:])
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in _OWN_FLAGS]  # Hydra takes no flags but its own
     try:
         with redirect_stderr(Held(sys.stderr)) as said:
             _hydra_main()
@@ -90,13 +91,14 @@ def _hydra_main(config: DictConfig) -> float | None:
     from kd_lightning.answers import find, say_again
 
     overrides, sweep = _overrides(), _sweep()
-    quiet, as_json = "quiet" in _flags, "json" in _flags
+    flags = _flags()
+    quiet, as_json = "quiet" in flags, "json" in flags
     asked = _asked(config, overrides) if sweep is None else None
     answer = find(Path(config.work_dir), asked) if asked is not None else None
     if answer is not None:
         say_again(answer, Console(width=None if sys.stdout.isatty() else 100), quiet=quiet, as_json=as_json)
         return answer.objective
-    with Console(quiet=bool(_flags)).status("importing PyTorch and Lightning"):
+    with Console(quiet=bool(flags)).status("importing PyTorch and Lightning"):
         kd_lightning.load()
         from kd_lightning.command import run
 
@@ -117,6 +119,14 @@ def _asked(config: DictConfig, overrides: list[str]) -> "Question | None":
     return question({str(key): value for key, value in resolved.items()}, overrides, folders, _BEGUN)
 
 
+def _arguments() -> list[str]:
+    return list(json.loads(os.environ.get(_ARGUMENTS, "[]")))
+
+
+def _flags() -> set[str]:
+    return {_OWN_FLAGS[word] for word in _arguments() if word in _OWN_FLAGS}
+
+
 def _overrides() -> list[str]:
     overrides = HydraConfig.get().overrides
     return [*(o for o in overrides.hydra if o.startswith("hydra.searchpath")), *overrides.task]
@@ -127,7 +137,7 @@ def _sweep() -> tuple[Path, list[str]] | None:
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN:
         return None
-    given = {_bare(word) for word in sys.argv}
+    given = {_bare(word) for word in _arguments()}
     return Path(settings.sweep.dir), [word for word in settings.overrides.task if _bare(word) not in given]
 
 

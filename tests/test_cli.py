@@ -106,6 +106,18 @@ def test_help_and_typos_import_nothing_that_takes_seconds(tmp_path: Path) -> Non
         assert ran.returncode == (arguments == ["losses.kd.temprature=3"])
 
 
+def test_a_process_that_a_launcher_starts_has_the_flags_and_the_overrides_of_the_command(tmp_path: Path) -> None:
+    in_another_process = "from kd_lightning import cli; print(sorted(cli._flags()), cli._arguments())"
+    code = (
+        "import subprocess, sys; from kd_lightning.cli import main\n"
+        "main()\n"
+        f"subprocess.run([sys.executable, '-c', {in_another_process!r}])"
+    )
+    arguments = ["-q", "--cfg", "job", "--json", "losses.kd.temperature=2"]
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout.endswith(f"['json', 'quiet'] {arguments}\n"), ran.stderr
+
+
 def test_quiet_prints_the_sentence_and_json_the_verdict_alone(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     sentence = kd_lightning(*TINY, "-q", cwd=tmp_path)
