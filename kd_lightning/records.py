@@ -56,6 +56,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("openvino_latency_ms_p95", "OpenVINO p95 ms", ".3f"),
     Figure("openvino_throughput_per_s", "OpenVINO per s at 64", ",.0f"),
     Figure("train_seconds", "training s", ",.1f"),
+    Figure("store_seconds", "storing s", ",.1f"),  # of the stored outputs that it was trained on
     Figure("kl_teacher", "KL to teacher", ".3f"),  # of a language model, in bits a token
     Figure("acceptance", "accepted %", "percent"),  # of its tokens, by the teacher in speculative decoding
     Figure("tokens_per_s", "tokens per s", ",.0f"),  # written one by one, with a cache of keys and values, in PyTorch

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -42,6 +42,8 @@ from kd_lightning.preflight import check_parts, dry_run
 from kd_lightning.quantization import prepare
 from kd_lightning.records import Result
 from kd_lightning.stored_outputs import StoredOutputs, store_outputs
+from kd_lightning.stored_outputs.reader import read_complete
+from kd_lightning.stored_outputs.store import Store
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.teachers import Stored, Teacher, TeacherSource
 from kd_lightning.tracking.runs import is_rank_zero
@@ -194,8 +196,13 @@ def _make(
         training.quantization.calibrate(network, data)
         fit = _Fit(seconds=time.perf_counter() - begun)
     else:
-        source = _teacher_of(training, data, teacher if training.needs_teacher else None, folder.path.parent)
+        stored = None
+        if teacher is not None and training.needs_teacher and training.stored_outputs is not None:
+            stored = _path_of_outputs(training, data, teacher, folder.path.parent)
+        source = _teacher_of(training, data, teacher if training.needs_teacher else None, stored)
         fit = _fit(training, network, data, source, folder, logger, callbacks)
+        if stored is not None:
+            fit = fit._replace(storing=read_complete(Store(stored)).seconds)
     if is_rank_zero():
         result, validation = _test(training, network, data, fit, judge, beside)
         if training.quantization is not None:
@@ -216,17 +223,18 @@ def _example(task: Task, data: Data) -> dict[str, Any] | None:
     return feed(on_cpu(part(batch, slice(1)), "an example"))
 
 
-def _teacher_of(training: Training, data: Data, teacher: FinishedStage | None, stages: Path) -> TeacherSource | None:
+def _teacher_of(
+    training: Training, data: Data, teacher: FinishedStage | None, stored: Path | None
+) -> TeacherSource | None:
     """Return the source of a training's teacher; stored outputs are put around the training set of its data."""
     if not training.is_taught:
         return None
     if teacher is None:
         return training.teacher()
-    if training.stored_outputs is None:
+    if stored is None:
         return training.teacher(teacher.network())
-    path = _path_of_outputs(training, data, teacher, stages)
     # Beneath the others: it looks at the data set itself.
-    data.wrap(partial(StoredOutputs, path=path, teacher=teacher.network()), innermost=True)
+    data.wrap(partial(StoredOutputs, path=stored, teacher=teacher.network()), innermost=True)
     return Stored()
 
 
@@ -253,6 +261,7 @@ class _Fit(NamedTuple):
 
     Attributes:
         seconds: That it took, over all attempts.
+        storing: Seconds that storing the teacher's outputs took before it; None of a live teacher.
         teacher: The source of the teacher's outputs.
         losses: What they have learnt.
         first: The losses' temperatures at the first step, by loss.
@@ -261,6 +270,7 @@ class _Fit(NamedTuple):
     """
 
     seconds: float = 0.0
+    storing: float | None = None
     teacher: TeacherSource | None = None
     losses: Mapping[str, Tensor] = {}
     first: Mapping[str, float] = {}
@@ -296,7 +306,9 @@ def _fit(
     callbacks: list[Callback],
 ) -> _Fit:
     """Fit the network, from its last checkpoint where there is one."""
-    timer, first = Timer(), FirstTemperatures()
+    timer, first, own = Timer(), FirstTemperatures(), training.callbacks()
+    has_monitor = any(isinstance(callback, LearningRateMonitor) for callback in own)
+    rates = [] if logger is None or has_monitor else [LearningRateMonitor("step")]
     checkpoints = ModelCheckpoint(
         dirpath=folder.path,
         filename=LAST.removesuffix(".ckpt"),
@@ -306,7 +318,7 @@ def _fit(
     )
     module = training.module(network, teacher)
     trainer = training.trainer(
-        callbacks=[*training.callbacks(), *callbacks, timer, first, checkpoints, StageMark(folder.fingerprint)],
+        callbacks=[*own, *callbacks, *rates, timer, first, checkpoints, StageMark(folder.fingerprint)],
         logger=logger or False,
         default_root_dir=folder.path,
     )
@@ -324,11 +336,11 @@ def _fit(
     objective = module.objective
     return _Fit(
         timer.time_elapsed("train"),
-        teacher,
-        objective.state_dict(),
-        first.temperatures,
-        objective.temperatures(),
-        trainer,
+        teacher=teacher,
+        losses=objective.state_dict(),
+        first=first.temperatures,
+        last=objective.temperatures(),
+        trainer=trainer,
     )
 
 
@@ -358,6 +370,7 @@ def _test(
         for loader, answers in zip((data.val_dataloader(), data.test_dataloader()), judge or (None, None), strict=True)
     )
     figures = {"train_seconds": fit.seconds, "params": float(parameters(network)), "size_mb": size_mb(network)}
+    figures |= {"store_seconds": fit.storing} if fit.storing is not None else {}
     if beside is not None:
         figures |= _beside(training.task, answering, beside.network(), data, device)
     last = next(iter(fit.last.values()), None)

@@ -90,6 +90,10 @@ class Facts:
         found = self.record["seconds"].get(key) or [0.0]
         return float(sum(found) / len(found))
 
+    def storing(self, key: str) -> float:
+        """Return how many seconds storing the outputs took that a model was trained on; 0 for a live teacher's."""
+        return self.figure(key, "store_seconds") or 0.0
+
     def shown(self, number: float) -> float:
         """Return a value of the headline as axes have it: a share in percent."""
         return 100 * number if self.headline.percent else number

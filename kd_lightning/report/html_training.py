@@ -12,6 +12,8 @@ _TERMS = {
     "train/loss_weighted/": "Each loss with its weight",
     "train/grad_norm/": "Gradient norm of each loss",
 }
+_RATE = "lr-"  # as Lightning's LearningRateMonitor has it: lr-Adam, of several groups lr-Adam/pg1
+_FAR_APART = 10
 _MOST_GROUPS_SHOWN = 40
 _NAMES = {
     "val/agreement": "agreement with the teacher, validation",
@@ -32,7 +34,8 @@ def training(facts: Facts) -> dict[str, Any] | None:
         for prefix, title in _TERMS.items():
             drawings += _terms(facts, logged[distilled], prefix, title)
     names = list(dict.fromkeys(name for key in keys for name in logged[key]))
-    rest = [n for n in names if not n.startswith((*_TERMS, "kd/temperature", "val/teacher_", "test/"))]
+    drawings += _rates(facts, logged, keys, [name for name in names if name.startswith(_RATE)])
+    rest = [n for n in names if not n.startswith((*_TERMS, _RATE, "kd/temperature", "val/teacher_", "test/"))]
     for name in sorted(rest, key=lambda n: (not n.startswith("val/"), n)):
         drawing = _curve(facts, logged, keys, name)
         if drawing is not None:
@@ -63,6 +66,37 @@ def _loss_axis(series: Sequence[svg.Series]) -> svg.Axis:
     if min(every) > 0 and max(every) / min(every) > 30:
         return svg.Axis("loss (logarithmic)", log=True)
     return svg.Axis("loss", low=0 if min(every) >= 0 else None)
+
+
+def _rates(
+    facts: Facts, logged: Mapping[str, Mapping[str, Any]], keys: Sequence[str], names: Sequence[str]
+) -> list[Drawing]:
+    """Draw learning rates: a figure for the only, or first, group of parameters of each model, and one for each other.
+
+    On a linear axis, on which one sees a warm-up; on a logarithmic one where models' highest rates are far apart.
+    """
+    by_group: dict[str, list[str]] = {}
+    for name in names:
+        group = name.partition("/")[2]
+        by_group.setdefault("" if group == "pg1" else group, []).append(name)
+    found = []
+    for group, those in by_group.items():
+        curves = [(key, logged[key][name]) for key in keys for name in those if name in logged[key]]
+        series = [
+            svg.Series(facts.title(key), facts.role(key), c["step"], c["mean"], c["low"], c["high"])
+            for key, c in curves
+            if len(c["step"]) > 1
+        ]
+        if not series:
+            continue
+        highest = [max(c["high"]) for _, c in curves]
+        far = min(highest) > 0 and max(highest) / min(highest) > _FAR_APART
+        y = svg.Axis("logarithmic", log=True, low=min(highest) / 100) if far else svg.Axis("", low=0)
+        title = f"Learning rate{f', parameters {group}' if group else ''}"
+        alt = f"{title}: " + ", ".join(f"{s.label} at most {max(s.high):.3g}, {s.y[-1]:.3g} at the end" for s in series)
+        named = legend([(s.label, s.role) for s in series])
+        found.append(Drawing(title, svg.lines(series, svg.Axis("step"), y, alt), named))
+    return found
 
 
 def _curve(facts: Facts, logged: Mapping[str, Mapping[str, Any]], keys: Sequence[str], name: str) -> Drawing | None:

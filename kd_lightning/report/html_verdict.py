@@ -120,12 +120,12 @@ def _sd(facts: Facts, key: str) -> float | None:
 
 
 def _costs(facts: Facts) -> dict[str, Any] | None:
-    """Return what the page computes the break-even from: seconds of training, and of serving a request."""
+    """Return what the page computes the break-even from: seconds of storing and training, and of serving a request."""
     served, key = facts.served, facts.distilled
     if served is None or key is None or "teacher" not in facts.models:
         return None
 
-    def option(of: str, training: float) -> dict[str, Any] | None:
+    def option(of: str, training: float, storing: float = 0.0) -> dict[str, Any] | None:
         single, batch = facts.figure(of, "latency_ms_p50"), facts.figure(of, "throughput_per_s")
         if not single:
             return None
@@ -133,16 +133,30 @@ def _costs(facts: Facts) -> dict[str, Any] | None:
             "title": facts.title(of),
             "role": facts.role(of),
             "training": training,
+            "storing": storing,
             "single": single / 1000,
             "batch": 1 / batch if batch else single / 1000,
             "quality": facts.headline.write(facts.value(of)),
         }
 
-    further = facts.seconds(served) if served != key else 0.0
-    found = [option("teacher", 0.0), option(served, facts.seconds(key) + further)]
+    further, storing = facts.seconds(served) if served != key else 0.0, facts.storing(key)
+    found = [option("teacher", 0.0), option(served, facts.seconds(key) + further, storing)]
     if "student" in facts.models:
         found.append(option("student", facts.seconds("student")))
     options = [one for one in found if one is not None]
     if len(options) < 2:
         return None
-    return {"teacher": facts.seconds("teacher"), "options": options, "runtime": facts.verdict["runtime"]}
+    teacher, alone = facts.seconds("teacher"), facts.seconds("student") if "student" in facts.models else 0.0
+    paid = {
+        "training the teacher": teacher,
+        "storing its outputs": storing,
+        "distilling the student": facts.seconds(key),
+        f"from it {served}": further,
+        "training the student alone, to compare with": alone,
+    }
+    return {
+        "teacher": teacher,
+        "paid": [(what, duration(seconds)) for what, seconds in paid.items() if seconds],
+        "options": options,
+        "runtime": facts.verdict["runtime"],
+    }

@@ -110,10 +110,13 @@ def _price(facts: Facts) -> Card:
     if "student" in facts.models:
         spent += f" (alone: {duration(facts.seconds('student'))})"
     teacher = facts.seconds("teacher") if "teacher" in facts.models else 0.0
-    if teacher:
-        spent += f", after {duration(teacher)} for the teacher"
+    storing = facts.storing(key)
+    before = [f"{duration(teacher)} for the teacher"] if teacher else []
+    before += [f"{duration(storing)} for storing its outputs"] if storing else []
+    if before:
+        spent += f", after {' and '.join(before)}"
     said = f"{spent}. {serving(facts)} {_paid_back(facts)}"
-    return Card(question, duration(own + teacher) + " of training", said.strip())
+    return Card(question, duration(own + teacher + storing) + " of training", said.strip())
 
 
 def _paid_back(facts: Facts) -> str:
@@ -124,10 +127,11 @@ def _paid_back(facts: Facts) -> str:
     large, small = (facts.figure(of, "latency_ms_p50") for of in ("teacher", served))
     if not large or not small or large <= small:
         return ""
-    training = facts.seconds(key) + (facts.seconds(served) if served != key else 0)
-    requests = training / ((large - small) / 1000)
+    training, storing = facts.seconds(key) + (facts.seconds(served) if served != key else 0), facts.storing(key)
+    requests = (storing + training) / ((large - small) / 1000)
     power = 10 ** max(0, math.floor(math.log10(max(requests, 1))) - 1)
-    return f"That pays for the student's training after some {round(requests / power) * power:,.0f} requests."
+    what = "storing and for the student's training" if storing else "the student's training"
+    return f"That pays for {what} after some {round(requests / power) * power:,.0f} requests."
 
 
 def serving(facts: Facts) -> str:

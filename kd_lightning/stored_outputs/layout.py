@@ -59,6 +59,7 @@ class Manifest:
         shards: The checksum of each file of each shard, by array; empty until complete.
         bytes_per_view: Of the logits of one view of one sample.
         kl: Mean and maximum of the KL divergence in nats that storing brings, by temperature.
+        seconds: That writing took, with loading and the teacher, over all attempts and processes; 0 until complete.
     """
 
     fingerprint: dict[str, Any]
@@ -71,6 +72,7 @@ class Manifest:
     shards: list[dict[str, int]] = field(default_factory=list)
     bytes_per_view: int = 0
     kl: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @property
     def rows(self) -> int:

@@ -1,6 +1,7 @@
 """Files of rows that are whole, or are not there."""
 
 import os
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ class ShardWriter:
         self.store, self.manifest, self.shard = store, manifest, shard
         self.folder = store.local / "shards"
         self.rows, self.tally = 0, [0.0] * 5
+        self._earlier, self._begun = 0.0, time.monotonic()
         self._progress = self.folder / f"{shard:06d}.progress"
         self._files: dict[str, BinaryIO] = {}
         self._checksums: dict[str, int] = {}
@@ -60,6 +62,11 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def seconds(self) -> float:
+        """Return for how long the shard has been written, by this writer and by earlier ones that were cut off."""
+        return self._earlier + time.monotonic() - self._begun
+
     def append(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, rows in arrays.items():
             content = np.ascontiguousarray(rows).tobytes()
@@ -71,8 +78,7 @@ class ShardWriter:
         """Let what is written outlast this process and a power cut."""
         for file in self._files.values():
             os.fsync(file.fileno())
-        state = {"rows": self.rows, "checksums": self._checksums, "tally": self.tally, "of": self.manifest.plan}
-        write_local(self._progress, seal(state))
+        write_local(self._progress, seal({"rows": self.rows, **self._state()}))
 
     def finish(self) -> None:
         """Give the files their names, and say that the shard is whole."""
@@ -82,9 +88,16 @@ class ShardWriter:
         sync_folder(self.folder)
         for name in self._files:
             self.store.publish(file_name(self.shard, name))
-        record = {"checksums": self._checksums, "tally": self.tally, "of": self.manifest.plan}
-        self.store.write_text(record_name(self.shard), seal(record))
+        self.store.write_text(record_name(self.shard), seal(self._state()))
         self._progress.unlink()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "checksums": self._checksums,
+            "tally": self.tally,
+            "seconds": self.seconds,
+            "of": self.manifest.plan,
+        }
 
     def _open(self) -> None:
         state = (
@@ -101,6 +114,7 @@ class ShardWriter:
             lengths[name] = len(head) + (state["rows"] if state else 0) * array.bytes_per_row
         if state and all(self._is_intact(name, lengths[name], state["checksums"][name]) for name in lengths):
             self.rows, self.tally, self._checksums = state["rows"], state["tally"], state["checksums"]
+            self._earlier = state.get("seconds", 0.0)  # an older version measured none
         for name, array in self.manifest.arrays.items():
             path = self._partial(name)
             file = self._stack.enter_context(path.open("r+b" if self.rows else "wb", buffering=0))

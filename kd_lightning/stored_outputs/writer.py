@@ -49,8 +49,8 @@ def store_outputs(
     """Write a teacher's outputs for each sample and view, for :class:`~kd_lightning.stored_outputs.StoredOutputs`.
 
     Call it again with the same arguments after it was cut off: it goes on where it was, and the files become those of
-    an uninterrupted run. What is there is read and compared with its checksums; a damaged file is named and written
-    anew. Prints progress, and at the end the size and the error.
+    an uninterrupted run, but for the seconds that are noted in them. What is there is read and compared with its
+    checksums; a damaged file is named and written anew. Prints progress, and at the end the size and the error.
 
     Args:
         teacher: A network that returns logits, or a source.
@@ -301,6 +301,7 @@ def _finish(store: Store, manifest: Manifest, rank: int, world_size: int) -> Man
             complete=True,
             shards=[record["checksums"] for record in found],
             kl=errors_of([record["tally"] for record in found]),
+            seconds=sum(record.get("seconds", 0.0) for record in found),
         )
         with locked(store.local / "finishing.lock", wait=True):
             if whole != manifest:

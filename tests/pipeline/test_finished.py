@@ -38,6 +38,7 @@ def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
     assert {"train/loss", "train/loss/kd", "train/loss/hard_label", "train/loss_weighted/kd"} <= set(logged)
     assert logged["train/loss_weighted/kd"] == pytest.approx(0.9 * logged["train/loss/kd"], rel=1e-5)
     assert logged["kd/temperature"] == 4.0
+    assert logged["lr-Adam"] > 0
     assert 0 < logged["kd/teacher_entropy"] < 1
     for name in ("final/acc", "final/agreement", "final/retention", "final/latency_ms_p50"):
         assert parent.data.metrics[name] == pytest.approx(logged[name])
@@ -112,6 +113,10 @@ def test_the_report_stands_beside_the_verdict_and_in_mlflow(finished) -> None:
     logged = record["training"]["distilled"]
     assert len(logged["train/loss/kd"]["step"]) == 6
     assert set(logged["kd/temperature"]["mean"]) == {4.0}
+    rates = logged["lr-Adam"]
+    assert rates["step"] == logged["train/loss"]["step"]
+    assert rates["mean"][-1] < 0.3 * max(rates["mean"])  # of one cycle
+    assert 'aria-label="Learning rate: teacher at most 0.01' in text
     assert record["temperature"]["used"] == 4.0
     assert record["temperature"]["weights"] == [0.9, 0.1]
     assert record["examples"][0]["input"]["kind"] == "image"

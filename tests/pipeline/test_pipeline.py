@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from kd_lightning import load_student
+from kd_lightning.durable_files import unseal
+from kd_lightning.report.facts import duration
 from tests.command import TINY, copied, kd_lightning, kd_lightning_anew
 
 pytestmark = pytest.mark.integration
@@ -176,7 +178,7 @@ def test_an_assistant_that_nobody_teaches_is_another_teacher(finished, tmp_path:
 def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     arguments = [*TINY, "stages=[teacher,store_outputs,distilled]", "logger=null"]
-    printed = kd_lightning(*arguments, cwd=folder)
+    printed = kd_lightning(*arguments, "stages=[teacher,store_outputs,student,distilled,verdict]", cwd=folder)
     assert "stored outputs: 300 samples × 1 views as float16" in printed
     live, stored = (
         np.load(next(path.parent.glob("predictions.npz")))["answers"]
@@ -184,6 +186,13 @@ def test_stored_outputs_teach_what_the_live_teacher_does(finished, tmp_path: Pat
     )
     assert (live == stored).mean() > 0.98  # half precision is all that differs
     (written,) = folder.glob("mlruns/stages/outputs-*/*.json")
+    seconds = unseal(written.read_text())["seconds"]
+    page = max(folder.glob("mlruns/stages/pipeline-*/report.html"), key=lambda path: path.stat().st_mtime)
+    models = json.loads(page.with_name("verdict.json").read_text())["models"]
+    assert models["distilled"]["store_seconds"] == pytest.approx(seconds)
+    assert seconds > 0
+    assert models["student"]["store_seconds"] is None
+    assert f"and {duration(seconds)} for storing its outputs" in page.read_text()
     before = written.stat().st_mtime_ns
     assert kd_lightning(*arguments, cwd=folder).count("reused") == 2
     assert written.stat().st_mtime_ns == before

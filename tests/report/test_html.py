@@ -104,6 +104,38 @@ def test_the_price_is_what_was_measured() -> None:
     assert "some 62,000 requests" in price.why  # 10 s for the student and 10 s for its bits, at 0.32 ms each
 
 
+def test_storing_the_teachers_outputs_is_part_of_the_price() -> None:
+    of = record()
+    of["verdict"]["models"]["distilled"]["store_seconds"] = 5.0
+    price = cards(Facts(of))[-1]
+    assert price.answer == "75 s of training"
+    assert "after 60 s for the teacher and 5.0 s for storing its outputs." in price.why
+    assert "pays for storing and for the student's training after some 78,000 requests" in price.why
+    shown = Page(render(of))
+    assert "storing its outputs5.0 s" in shown.sections["verdict"]
+    assert "without storing" not in shown.sections["verdict"]
+    assert "storing" not in page().sections["verdict"]
+
+
+def test_learning_rates_are_drawn_by_group_of_parameters() -> None:
+    def curve(*rates: float) -> dict[str, list[float]]:
+        return {"step": [0.0, 1.0, 2.0], "mean": list(rates), "low": list(rates), "high": list(rates)}
+
+    small, large = curve(1e-4, 1e-3, 1e-5), curve(0.1, 0.1, 0.1)
+    logged = {key: {"lr-Adam": curve(1e-3, 2e-3, 0.0)} for key in ("teacher", "student", "control")}
+    logged["distilled"] = {"lr-Adam/pg1": small, "lr-Adam/pg2": large}
+    text = render(record(training=logged))
+    shown = [given["aria-label"] for given in Page(text).of("svg") if "aria-label" in given]
+    (first,) = [label for label in shown if label.startswith("Learning rate: ")]
+    assert first.startswith("Learning rate: teacher at most 0.002, 0 at the end, student alone")
+    assert first.endswith("distilled at most 0.001, 1e-05 at the end")
+    assert "Learning rate, parameters pg2: distilled at most 0.1, 0.1 at the end" in shown
+    assert "logarithmic" not in text.partition(first)[2].partition("</svg>")[0]
+    logged["teacher"] = {"lr-SGD": large}
+    text = render(record(training=logged))
+    assert "logarithmic" in text.partition("Learning rate: teacher at most 0.1")[2].partition("</svg>")[0]
+
+
 @pytest.mark.parametrize("task", WITH_OUTPUTS)
 def test_each_task_shows_examples_of_its_own_kind(task) -> None:
     parts = WITH_OUTPUTS[task]

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,19 @@ def test_a_damaged_beginning_is_written_anew(tmp_path) -> None:
     flip(tmp_path / "outputs" / "shards" / "000000.logits.npy.partial")
     store(tmp_path / "outputs")
     assert files(tmp_path / "outputs") == files(tmp_path / "whole")
+
+
+def test_the_seconds_of_all_attempts_are_noted(tmp_path) -> None:
+    first = store(tmp_path / "outputs")
+    assert first.seconds > 0
+    (tmp_path / "outputs" / "shards" / "000000.json").unlink()
+    with ShardWriter(Store(tmp_path / "outputs"), first, 0) as writer:
+        writer.append({"logits": torch.zeros(16, 12, dtype=torch.uint8).numpy()})
+        time.sleep(0.3)
+        writer.commit()
+    again = store(tmp_path / "outputs")
+    assert again.seconds >= 0.3
+    assert store(tmp_path / "outputs") == verify(tmp_path / "outputs") == again, "what is there is not written again"
 
 
 def test_two_writers_of_one_shard(outputs) -> None:

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from kd_lightning.data.loaders import View
 from kd_lightning.stored_outputs import StoredOutputs, Views, store_outputs, verify
 from kd_lightning.stored_outputs.store import Store
-from tests.stored_outputs.data import Augmented, store
+from tests.stored_outputs.data import Augmented, comparable, files, store
 from tests.tiny import good_teacher
 
 OPTIONS = {"views": 2, "shard_bytes": 40 * 12}
@@ -23,20 +23,17 @@ def address(tmp_path, monkeypatch):
     memory.rm("/outputs", recursive=True)
 
 
-def remote_files() -> dict[str, bytes]:
+def remote_files():
     memory = fsspec.filesystem("memory")
-    return {name.removeprefix("/outputs/"): memory.cat_file(name) for name in memory.find("/outputs")}
-
-
-def local_files(folder) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    found = memory.find("/outputs")
+    return {name.removeprefix("/outputs/"): comparable(name, memory.cat_file(name)) for name in found}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_holds_the_same_bytes_and_is_read_by_workers(address, tmp_path, workers: int) -> None:
     store(address, **OPTIONS)
     store(tmp_path / "local", **OPTIONS)
-    assert remote_files() == local_files(tmp_path / "local")
+    assert remote_files() == files(tmp_path / "local")
     stored, local = StoredOutputs(Augmented(), address), StoredOutputs(Augmented(), tmp_path / "local")
     loader = DataLoader(stored, batch_size=16, sampler=Views(stored), num_workers=workers)
     for batch, keys in zip(loader, torch.utils.data.BatchSampler(Views(stored), 16, False), strict=True):
@@ -47,7 +44,7 @@ def test_memory_holds_the_same_bytes_and_is_read_by_workers(address, tmp_path, w
 def test_a_file_address_is_the_folder(tmp_path) -> None:
     store(f"file://{tmp_path}/one", **OPTIONS)
     store(tmp_path / "two", **OPTIONS)
-    assert local_files(tmp_path / "one") == local_files(tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
     assert len(StoredOutputs(Augmented(), f"local://{tmp_path}/one")) == 50
 
 
@@ -66,7 +63,7 @@ def test_writing_goes_on_where_it_was_cut_off(address, tmp_path) -> None:
     assert 2 <= len(remote_files()) < 5
     store(address, **OPTIONS)
     store(tmp_path / "whole", **OPTIONS)
-    assert remote_files() == local_files(tmp_path / "whole")
+    assert remote_files() == files(tmp_path / "whole")
 
 
 def test_a_changed_file_is_found_when_it_is_downloaded(address) -> None:

@@ -36,7 +36,7 @@
     const teacher = of("given").checked ? 0 : costs.teacher;
     const lines = costs.options.map((o) => {
       const student = o.role === "student";
-      const once = ((student ? 0 : teacher) + o.training * tries) * number("train") / 3600;
+      const once = ((student ? 0 : teacher) + o.storing + o.training * tries) * number("train") / 3600;
       const daily = requests * (of("batch").checked ? o.batch : o.single) * number("serve") / 3600;
       return {...o, once, daily, seconds: requests * (of("batch").checked ? o.batch : o.single)};
     });
@@ -47,7 +47,7 @@
     const days = number("days") || 1;
     const at = `at ${requests.toLocaleString("en")} requests a day`;
     document.getElementById("paid").textContent = saves > 0
-      ? `Training the student is paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
+      ? `${small.storing ? "Storing the teacher's outputs and training the student are" : "Training the student is"} paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
       : `It is never paid back by serving ${at}: they take ${time(small.seconds)} of computing a day with ${small.title}, and ${time(large.seconds)} with the teacher.`;
     const top = Math.max(...lines.map((l) => l.once + l.daily * days)) || 1;
     const x = (d) => L + d / days * (W - L - R), y = (c) => H - B - c / top * (H - T - B);
