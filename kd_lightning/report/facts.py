@@ -90,6 +90,10 @@ class Facts:
         found = self.record["seconds"].get(key) or [0.0]
         return float(sum(found) / len(found))
 
+    def further(self, key: str) -> float:
+        """Return how many seconds it took to make of a model what would be served; 0 where that is the model."""
+        return self.seconds(self.served) if self.served is not None and self.served != key else 0.0
+
     def storing(self, key: str) -> float:
         """Return how many seconds storing the outputs took that a model was trained on; 0 for a live teacher's."""
         return self.figure(key, "store_seconds") or 0.0

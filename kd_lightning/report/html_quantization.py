@@ -20,7 +20,7 @@ def quantization(facts: Facts) -> dict[str, Any] | None:
         lost = ""
         if source in facts.models:
             change = facts.value(key) - facts.value(source)
-            lost = facts.headline.write_difference(change)
+            lost = facts.headline.write_difference(change if facts.headline.higher_is_better else -change)
         layers, integers = facts.figure(key, "quantized_layers"), facts.figure(key, "integer_operators")
         weights, activations = how["weight_bits"], how["activation_bits"]
         rows.append(

@@ -48,6 +48,7 @@ def knowledge(facts: Facts) -> dict[str, Any] | None:
         "groups": groups,
         "titles": titles,
         "looked_at": looked_at,
+        "rows": (examples[0].get("input") or {}).get("kind") == "row",
         "structure": _structure(facts),
         "drawings": [_predictions(facts, points)] if points else [],
         "thing": "token" if facts.record["task"]["kind"] == "LanguageModelling" else "class",

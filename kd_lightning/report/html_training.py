@@ -15,11 +15,23 @@ _TERMS = {
 _RATE = "lr-"  # as Lightning's LearningRateMonitor has it: lr-Adam, of several groups lr-Adam/pg1
 _FAR_APART = 10
 _MOST_GROUPS_SHOWN = 40
-_NAMES = {
-    "val/agreement": "agreement with the teacher, validation",
-    "kd/teacher_entropy": "entropy of the soft targets, share",
-    "train/loss": "total loss",
+_AGREES = {
+    "Regression": "% of values within the task's tolerance of the teacher's",
+    "Embedding": "% of the teacher's nearest that are nearest to it, too",
 }
+_NOT_DRAWN = ("kd/temperature", "val/teacher_", "test/", "system/")  # elsewhere, one number, or of the machine
+_NAMES = {
+    "val/agreement": ("agreement with the teacher, validation", "%"),
+    "val/ece": ("calibration error (ECE), validation", "%"),
+    "val/kl_teacher": ("KL divergence from the teacher, validation", "nats"),
+    "kd/teacher_entropy": ("entropy of the soft targets", "% of the largest possible"),
+    "kd/on_policy_share": ("batches that the student wrote", "%"),
+    "train/loss": ("total loss", "loss"),
+    "train/samples_per_s": ("speed of the training", "samples a second"),
+    "train/teacher_share": ("the teacher's part of the training's time", "%"),
+    "train/peak_memory_mb": ("peak memory", "MB"),
+}
+"""What is logged: the figure's title, and its unit; what stands in percent is logged as a share."""
 
 
 def training(facts: Facts) -> dict[str, Any] | None:
@@ -35,7 +47,7 @@ def training(facts: Facts) -> dict[str, Any] | None:
             drawings += _terms(facts, logged[distilled], prefix, title)
     names = list(dict.fromkeys(name for key in keys for name in logged[key]))
     drawings += _rates(facts, logged, keys, [name for name in names if name.startswith(_RATE)])
-    rest = [n for n in names if not n.startswith((*_TERMS, _RATE, "kd/temperature", "val/teacher_", "test/"))]
+    rest = [name for name in names if not name.startswith((*_TERMS, _RATE, *_NOT_DRAWN))]
     for name in sorted(rest, key=lambda n: (not n.startswith("val/"), n)):
         drawing = _curve(facts, logged, keys, name)
         if drawing is not None:
@@ -56,16 +68,17 @@ def _terms(facts: Facts, of: Mapping[str, Any], prefix: str, title: str) -> list
     alt = f"{title}, of the distilled student: " + ", ".join(
         f"{s.label} from {s.y[0]:.3g} to {s.y[-1]:.3g}" for s in series
     )
-    drawn = svg.lines(series, svg.Axis("step"), _loss_axis(series), alt)
+    y = _falling_axis(series, "norm" if "norm" in title else "loss")
+    drawn = svg.lines(series, svg.Axis("step"), y, alt)
     return [Drawing(f"{title}: distilled", drawn, legend([(s.label, s.role) for s in series]))]
 
 
-def _loss_axis(series: Sequence[svg.Series]) -> svg.Axis:
-    """Return a logarithmic axis where losses fall over more than a factor of 30."""
+def _falling_axis(series: Sequence[svg.Series], title: str) -> svg.Axis:
+    """Return a logarithmic axis where losses, say, fall over more than a factor of 30."""
     every = [v for s in series for v in (*s.low, *s.high)]
     if min(every) > 0 and max(every) / min(every) > 30:
-        return svg.Axis("loss (logarithmic)", log=True)
-    return svg.Axis("loss", low=0 if min(every) >= 0 else None)
+        return svg.Axis(f"{title} (logarithmic)", log=True)
+    return svg.Axis(title, low=0 if min(every) >= 0 else None)
 
 
 def _rates(
@@ -100,23 +113,25 @@ def _rates(
 
 
 def _curve(facts: Facts, logged: Mapping[str, Mapping[str, Any]], keys: Sequence[str], name: str) -> Drawing | None:
-    percent = (name == f"val/{facts.headline.key}" and facts.headline.percent) or name == "val/agreement"
-    factor = 100 if percent else 1
+    split, _, rest = name.partition("/")
+    plain = f"{rest.replace('_', ' ')}, validation" if split == "val" else name.replace("_", " ")
+    title, unit = _NAMES.get(name, (plain, ""))
+    if name == f"val/{facts.headline.key}":
+        title, unit = f"{facts.headline.name}, validation", "%" if facts.headline.percent else facts.headline.symbol
+    if name == "val/kl_teacher" and facts.record["task"]["kind"] == "LanguageModelling":
+        unit = "bits a token"
+    factor = 100 if unit.startswith("%") else 1
     series = []
     for key in keys:
         c = logged[key].get(name)
-        if c and len(c["step"]) > 1:
+        nobody = name == "train/teacher_share" and not any(c["high"] if c else [])  # no teacher: no part of the time
+        if c and len(c["step"]) > 1 and not nobody:
             mean, low, high = ([factor * v for v in c[which]] for which in ("mean", "low", "high"))
             series.append(svg.Series(facts.title(key), facts.role(key), c["step"], mean, low, high))
     if not series:
         return None
-    split, _, rest = name.partition("/")
-    plain = f"{rest.replace('_', ' ')}, validation" if split == "val" else name.replace("_", " ")
-    title = _NAMES.get(name, plain)
-    if name == f"val/{facts.headline.key}":
-        title = f"{facts.headline.name}, validation"
     alt = f"{title}: " + ", ".join(f"{s.label} from {s.y[0]:.3g} to {s.y[-1]:.3g}" for s in series)
-    y = _loss_axis(series) if "loss" in name else svg.Axis("%" if percent else "")
+    y = _falling_axis(series, unit) if "loss" in name else svg.Axis(unit)
     drawn = svg.lines(series, svg.Axis("step"), y, alt)
     return Drawing(title[0].upper() + title[1:], drawn, legend([(s.label, s.role) for s in series]))
 
@@ -155,7 +170,14 @@ def _groups(facts: Facts, groups: Mapping[str, Any]) -> dict[str, Any]:
             cells.append(cell)
         rows.append({"name": name, "count": groups["count"][i] if groups["count"] else None, "cells": cells})
     left_out = max(0, len(groups["names"]) - _MOST_GROUPS_SHOWN)
-    return {"models": models, "rows": rows, "by": groups["by"], "agreement": second is not None, "left_out": left_out}
+    return {
+        "models": models,
+        "rows": rows,
+        "by": groups["by"],
+        "agreement": second is not None,
+        "agrees": _AGREES.get(facts.record["task"]["kind"], "% of the same answers as the teacher"),
+        "left_out": left_out,
+    }
 
 
 def _per_group(facts: Facts, groups: Mapping[str, Any]) -> Drawing:

@@ -39,7 +39,7 @@ def _table(facts: Facts) -> dict[str, Any]:
     if "file_mb" in figures:
         figures.remove("size_mb")
     columns = [f"{headline.name}, {unit}" if unit else headline.name, "gap closed, %", "agrees with teacher, %", "T"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key, model in facts.models.items():
         sd, t = facts.sd(key), facts.temperature(key)
         share = model.get("gap_closed")
@@ -61,7 +61,11 @@ def _table(facts: Facts) -> dict[str, Any]:
                 "nothing": model.get("learned_nothing"),
             }
         )
-    return {"columns": [*columns, *(_TITLES[name] for name in figures)], "rows": rows}
+    columns += [_TITLES[name] for name in figures]
+    known = [i for i in range(len(columns)) if any(row["cells"][i] != "–" for row in rows)]
+    for row in rows:
+        row["cells"] = [row["cells"][i] for i in known]
+    return {"columns": [columns[i] for i in known], "rows": rows, "gap": 1 in known}
 
 
 def _cell(facts: Facts, key: str, name: str) -> str:
@@ -139,7 +143,7 @@ def _costs(facts: Facts) -> dict[str, Any] | None:
             "quality": facts.headline.write(facts.value(of)),
         }
 
-    further, storing = facts.seconds(served) if served != key else 0.0, facts.storing(key)
+    further, storing = facts.further(key), facts.storing(key)
     found = [option("teacher", 0.0), option(served, facts.seconds(key) + further, storing)]
     if "student" in facts.models:
         found.append(option("student", facts.seconds("student")))
@@ -151,7 +155,7 @@ def _costs(facts: Facts) -> dict[str, Any] | None:
         "training the teacher": teacher,
         "storing its outputs": storing,
         "distilling the student": facts.seconds(key),
-        f"from it {served}": further,
+        f"making {served} of it": further,
         "training the student alone, to compare with": alone,
     }
     return {

@@ -9,6 +9,8 @@ from kd_lightning.records import Interval
 from kd_lightning.report.facts import Facts, duration, times
 from kd_lightning.report.words import change, percent
 
+_SHOWN_SECONDS = 0.1
+
 
 class Card(NamedTuple):
     """One question with its answer.
@@ -48,6 +50,12 @@ def _reason(facts: Facts) -> Card:
     softness, labels = (differences.get(name) for name in ("distilled-control", "control-alone"))
     if not verdict["decided"]:
         return Card("Why?", "Too early to say", "One has to know first whether it helps.")
+    if not facts.details["hard_labels"]:
+        answer = "What the teacher says" if verdict["worth_it"] else "It was not shown to help"
+        why = "The teacher answers with numbers, not classes: it has no hard labels with which to compare softness."
+        if facts.details["extra"]:
+            why += f" It also answers {facts.details['extra']:,} {headline.units} that have no label."
+        return Card("Why?", answer, why, "good" if verdict["worth_it"] else "open")
     if softness is None or labels is None:
         why = "There is no control on the teacher's hard labels, so what softness adds was not asked."
         return Card("Why?", "Not asked", why)
@@ -105,10 +113,12 @@ def _price(facts: Facts) -> Card:
     question, key, served = "At which price?", facts.distilled, facts.served
     if key is None or served is None:
         return Card(question, "–", "There is no distilled student.")
-    own = facts.seconds(key)
+    own, further = facts.seconds(key), facts.further(key)
     spent = f"{duration(own)} of training for the student"
     if "student" in facts.models:
         spent += f" (alone: {duration(facts.seconds('student'))})"
+    if further >= _SHOWN_SECONDS:
+        spent += f" and {duration(further)} for its bits"
     teacher = facts.seconds("teacher") if "teacher" in facts.models else 0.0
     storing = facts.storing(key)
     before = [f"{duration(teacher)} for the teacher"] if teacher else []
@@ -116,7 +126,7 @@ def _price(facts: Facts) -> Card:
     if before:
         spent += f", after {' and '.join(before)}"
     said = f"{spent}. {serving(facts)} {_paid_back(facts)}"
-    return Card(question, duration(own + teacher + storing) + " of training", said.strip())
+    return Card(question, duration(own + further + teacher + storing) + " of training", said.strip())
 
 
 def _paid_back(facts: Facts) -> str:
@@ -125,10 +135,12 @@ def _paid_back(facts: Facts) -> str:
     if served is None or key is None or "teacher" not in facts.models:
         return ""
     large, small = (facts.figure(of, "latency_ms_p50") for of in ("teacher", served))
-    if not large or not small or large <= small:
+    if not large or not small:
         return ""
-    training, storing = facts.seconds(key) + (facts.seconds(served) if served != key else 0), facts.storing(key)
-    requests = (storing + training) / ((large - small) / 1000)
+    if large <= small:
+        return "As it is no faster, no number of requests pays for the student's training."
+    storing = facts.storing(key)
+    requests = (facts.seconds(key) + facts.further(key) + storing) / ((large - small) / 1000)
     power = 10 ** max(0, math.floor(math.log10(max(requests, 1))) - 1)
     what = "storing and for the student's training" if storing else "the student's training"
     return f"That pays for {what} after some {round(requests / power) * power:,.0f} requests."
@@ -148,6 +160,9 @@ def serving(facts: Facts) -> str:
     difference = facts.headline.write_difference(abs(facts.value("teacher") - facts.value(served)))
     better = facts.headline.better(facts.value(served), facts.value("teacher"))
     found.append(f"{difference} {'better' if better else 'worse'} in {facts.headline.name}")
+    against = facts.verdict["differences"].get("served-teacher")
+    if against is not None and _if_shown(against):
+        found[-1] += " (not shown)"
     return f"Served is {facts.title(served)}: {', '.join(found)} than the teacher."
 
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 340, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
 _DASHES = {
     "student": "5 3",
     "control": "2 2",
@@ -134,14 +134,14 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, alt: str, front: Sequence
     body = [frame.axes()]
     if len(front) > 1:
         body.append(f'<polyline class="front" points="{" ".join(frame.at(a, b) for a, b in front)}"/>')
-    taken: list[tuple[float, float, float]] = []
+    marks, taken = [(frame.x(p.x), frame.y(p.y)) for p in points], list[tuple[float, float]]()
     for i, p in enumerate(points, start=1):
         px, py = frame.x(p.x), frame.y(p.y)
         if p.sd:
             low, high = frame.y(p.y - p.sd), frame.y(p.y + p.sd)
             body.append(f'<line class="line r-{p.role}" x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
         body.append(mark(p.role, px, py, p.label, 5))
-        body.append(_number(i, px, py, taken))
+        body.append(_number(i, px, py, marks, taken))
     return _svg(body, alt)
 
 
@@ -296,13 +296,17 @@ def _bounds(axis: Axis, values: Sequence[float], margin: float) -> tuple[float, 
     return (low if axis.low is None else axis.low), (high if axis.high is None else axis.high)
 
 
-def _number(number: int, x: float, y: float, taken: list[tuple[float, float, float]]) -> str:
-    """Write a number beside a mark, where none stands yet."""
+def _number(
+    number: int, x: float, y: float, marks: Sequence[tuple[float, float]], taken: list[tuple[float, float]]
+) -> str:
+    """Write a number beside a mark, where neither a mark nor a number stands yet, if there is such a place."""
     for dx, dy in ((9, -5), (-15, -5), (9, 12), (-15, 12), (18, 4), (-24, 4), (9, -15), (9, 22), (-15, -15), (-15, 22)):
         at = x + dx, y + dy
-        if all(abs(at[0] - a) > 13 or abs(at[1] - b) > 10 for a, b, _ in taken) and _LEFT < at[0] < WIDTH - 12:
+        free = all(abs(at[0] - a) > 13 or abs(at[1] - b) > 10 for a, b in taken)
+        seen = all(not (-6 < a - at[0] < 12 and -12 < b - at[1] < 4) for a, b in marks)
+        if free and seen and _LEFT < at[0] < WIDTH - 12:
             break
-    taken.append((*at, 0.0))
+    taken.append(at)
     return f'<text class="number" x="{at[0]:.1f}" y="{at[1]:.1f}">{number}</text>'
 
 
@@ -312,7 +316,9 @@ def _svg(body: Sequence[str], alt: str, height: int = HEIGHT) -> str:
 
 
 def _short(value: float) -> str:
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value / 1000:.4g}k"
+    if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
     return f"{value:,.4g}"
 

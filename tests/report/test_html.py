@@ -93,22 +93,49 @@ def test_a_stranger_is_told_in_a_minute(results, answers) -> None:
     for card, answer in zip(found, answers, strict=False):
         assert card.answer.startswith(answer), card
     assert found[-1].question == "At which price?"
-    assert found[-1].answer == "70 s of training"
+    served = found[-1].why.count(" for its bits")
+    assert found[-1].answer == ("80 s of training" if served else "70 s of training")
 
 
 def test_the_price_is_what_was_measured() -> None:
     price = cards(Facts(record()))[-1]
-    assert price.answer == "70 s of training"
-    assert "10 s of training for the student (alone: 10 s), after 60 s for the teacher." in price.why
+    assert price.answer == "80 s of training"
+    assert (
+        "10 s of training for the student (alone: 10 s) and 10 s for its bits, after 60 s for the teacher." in price.why
+    )
     assert "22 times smaller, 5.0 times faster, 10.0 points worse in accuracy than the teacher" in price.why
     assert "some 62,000 requests" in price.why  # 10 s for the student and 10 s for its bits, at 0.32 ms each
+
+
+def test_of_a_teacher_without_classes_softness_is_not_asked() -> None:
+    of = record()
+    of["details"] |= {"hard_labels": False, "extra": 60}
+    why = cards(Facts(of))[1]
+    assert why.answer == "What the teacher says"
+    assert why.why.endswith("It also answers 60 images that have no label.")
+    of["verdict"]["worth_it"] = False
+    assert cards(Facts(of))[1].answer == "It was not shown to help"
+
+
+def test_what_was_logged_of_the_training_is_named_and_of_the_machine_left_out() -> None:
+    curve = {"step": [1.0, 2.0], "mean": [0.3, 0.2], "low": [0.3, 0.2], "high": [0.3, 0.2]}
+    none = {name: [0.0, 0.0] for name in ("mean", "low", "high")}
+    names = ("val/ece", "val/kl_teacher", "train/peak_memory_mb", "system/disk_usage_megabytes")
+    logged = {**dict.fromkeys(names, curve), "train/teacher_share": {**curve, **none}}
+    text = render(record(training={"student": logged, "distilled": {**logged, "train/teacher_share": curve}}))
+    shown = [given["aria-label"] for given in Page(text).of("svg") if "aria-label" in given]
+    assert "calibration error (ECE), validation: student alone from 30 to 20, distilled from 30 to 20" in shown
+    assert "the teacher's part of the training's time: distilled from 30 to 20" in shown
+    assert ">nats<" in text
+    assert ">MB<" in text
+    assert "disk" not in Page(text).sections["training"]
 
 
 def test_storing_the_teachers_outputs_is_part_of_the_price() -> None:
     of = record()
     of["verdict"]["models"]["distilled"]["store_seconds"] = 5.0
     price = cards(Facts(of))[-1]
-    assert price.answer == "75 s of training"
+    assert price.answer == "85 s of training"
     assert "after 60 s for the teacher and 5.0 s for storing its outputs." in price.why
     assert "pays for storing and for the student's training after some 78,000 requests" in price.why
     shown = Page(render(of))

@@ -17,9 +17,9 @@
   const data = document.getElementById("costs");
   if (!data) return;
   const costs = JSON.parse(data.textContent), form = document.getElementById("assume");
-  const W = 340, H = 230, L = 50, R = 12, T = 12, B = 40;
+  const W = 340, H = 230, L = 56, R = 12, T = 12, B = 40;
   const dashes = {student: "5 3", teacher: "", distilled: "", quantized: ""};
-  const write = (x) => x === 0 ? "0" : Math.abs(x) >= 1e6 || Math.abs(x) < 1e-3 ? x.toExponential(1) : Number(x.toPrecision(3)).toLocaleString("en");
+  const write = (x) => x === 0 ? "0" : Math.abs(x) >= 1e6 || Math.abs(x) < 1e-5 ? x.toExponential(1) : Number(x.toPrecision(3)).toLocaleString("en", {maximumFractionDigits: 8});
   const span = (days) => days >= 2 ? `${write(days)} days` : days * 24 >= 2 ? `${write(days * 24)} hours` : `${write(days * 1440)} minutes`;
   const text = (value) => String(value).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
