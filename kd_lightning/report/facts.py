@@ -11,6 +11,8 @@ from kd_lightning.report.words import percent
 
 VERSION = 1
 RECORD, PAGE = "report.json", "report.html"
+SHOWN_SECONDS = 0.1
+"""What took less is no item of a price."""
 _FORMS = {figure.key: figure for figure in FIGURES}
 
 
@@ -108,6 +110,11 @@ class Facts:
         unit = "%" if self.headline.percent else self.headline.symbol
         return f"{self.headline.name}, {unit}" if unit else self.headline.name
 
+    @property
+    def short(self) -> str:
+        """The headline as narrow columns have it."""
+        return self.headline.name if self.headline.name.lower() == self.headline.key else self.headline.key
+
     def temperature(self, key: str) -> float | tuple[float, float] | None:
         found = self.models[key].get("temperature")
         return (found[0], found[1]) if isinstance(found, list) else found
@@ -149,6 +156,16 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def capital(text: str) -> str:
+    """Begin a text with a capital, unless its first word has one inside.
+
+    >>> capital("accuracy, %"), capital("mIoU, %")
+    ('Accuracy, %', 'mIoU, %')
+    """
+    first = text.partition(" ")[0]
+    return text if first != first.lower() else text[:1].upper() + text[1:]
 
 
 def times(ratio: float) -> str:

@@ -30,7 +30,7 @@ def quantization(facts: Facts) -> dict[str, Any] | None:
                 "how": "QAT: trained for it" if how["training"] else "PTQ: after training",
                 "bits": f"{weights} / {activations or 32}",
                 "file": facts.written(key, "file_mb"),
-                "quality": facts.headline.write(facts.value(key)),
+                "quality": facts.headline.number(facts.value(key)),
                 "lost": lost,
                 "fp32": facts.written(key, "agreement_fp32"),
                 "network": facts.written(key, "agreement_file"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kd_lightning.report import svg
-from kd_lightning.report.facts import Facts
+from kd_lightning.report.facts import Facts, capital
 from kd_lightning.report.figures import Drawing, legend
 
 _TERMS = {
@@ -133,7 +133,7 @@ def _curve(facts: Facts, logged: Mapping[str, Mapping[str, Any]], keys: Sequence
     alt = f"{title}: " + ", ".join(f"{s.label} from {s.y[0]:.3g} to {s.y[-1]:.3g}" for s in series)
     y = _falling_axis(series, unit) if "loss" in name else svg.Axis(unit)
     drawn = svg.lines(series, svg.Axis("step"), y, alt)
-    return Drawing(title[0].upper() + title[1:], drawn, legend([(s.label, s.role) for s in series]))
+    return Drawing(capital(title), drawn, legend([(s.label, s.role) for s in series]))
 
 
 def by_group(facts: Facts) -> dict[str, Any] | None:
@@ -173,6 +173,7 @@ def _groups(facts: Facts, groups: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "models": models,
         "rows": rows,
+        "title": capital(facts.axis),
         "by": groups["by"],
         "agreement": second is not None,
         "agrees": _AGREES.get(facts.record["task"]["kind"], "% of the same answers as the teacher"),
@@ -205,7 +206,10 @@ def _per_group(facts: Facts, groups: Mapping[str, Any]) -> Drawing:
     worst = min(zip(gained, named, strict=True), default=(0, ""))
     best = max(zip(gained, named, strict=True), default=(0, ""))
     unit = "points" if facts.headline.percent else facts.headline.symbol
-    alt = f"Most is gained on {best[1]} ({best[0]:+.3g}), least on {worst[1]} ({worst[0]:+.3g})."
+    most, least = f"{best[1]} ({best[0]:+.3g})", f"{worst[1]} ({worst[0]:+.3g})"
+    alt = f"Most is gained on {most}, least on {least}."
+    if best[0] <= 0:
+        alt = f"Nothing is gained; least is lost on {most}, most on {least}."
     x, y = (
         svg.Axis(f"{what}, {unit}".rstrip(", "))
         for what in ("teacher ahead of student alone", "gained by distillation")

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from kd_lightning.report import svg
-from kd_lightning.report.facts import Facts, duration
+from kd_lightning.report.facts import SHOWN_SECONDS, Facts, capital, duration
 from kd_lightning.report.figures import Drawing, legend
 from kd_lightning.report.words import percent
 
@@ -105,7 +105,7 @@ def quality_against(facts: Facts, name: str, points: Sequence[svg.Point]) -> Dra
     on_it = ", ".join(p.label for p in front)
     alt = f"{facts.headline.name} against {what} of {len(points)} models. No other is better in both than: {on_it}."
     return Drawing(
-        f"{facts.headline.name[0].upper()}{facts.headline.name[1:]} against {what}",
+        f"{capital(facts.headline.name)} against {what}",
         svg.scatter(
             points,
             svg.Axis(f"{_TITLES[name]}{' (logarithmic)' if wide else ''}", log=wide),
@@ -160,7 +160,7 @@ def _costs(facts: Facts) -> dict[str, Any] | None:
     }
     return {
         "teacher": teacher,
-        "paid": [(what, duration(seconds)) for what, seconds in paid.items() if seconds],
+        "paid": [(what, duration(seconds)) for what, seconds in paid.items() if seconds >= SHOWN_SECONDS],
         "options": options,
         "runtime": facts.verdict["runtime"],
     }

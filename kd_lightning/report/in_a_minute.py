@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 from kd_lightning.headline import Headline
 from kd_lightning.records import Interval
-from kd_lightning.report.facts import Facts, duration, times
+from kd_lightning.report.facts import SHOWN_SECONDS, Facts, duration, times
 from kd_lightning.report.words import change, percent
-
-_SHOWN_SECONDS = 0.1
 
 
 class Card(NamedTuple):
@@ -88,7 +86,7 @@ def _temperature(facts: Facts) -> Card:
     else:
         why = "It is the only one that was tried."
         if str(facts.models[key]["method"]).startswith("kd-T"):
-            why = "It is the only one that was tried. A sweep: kd-lightning -m losses.kd.temperature=1,2,4,8."
+            why = "It is the only one that was tried. A sweep: the same command with -m losses.kd.temperature=1,2,4,8."
     return Card(question, f"T = {t:.3g}", why + _softer(facts, t))
 
 
@@ -117,7 +115,7 @@ def _price(facts: Facts) -> Card:
     spent = f"{duration(own)} of training for the student"
     if "student" in facts.models:
         spent += f" (alone: {duration(facts.seconds('student'))})"
-    if further >= _SHOWN_SECONDS:
+    if further >= SHOWN_SECONDS:
         spent += f" and {duration(further)} for its bits"
     teacher = facts.seconds("teacher") if "teacher" in facts.models else 0.0
     storing = facts.storing(key)
