@@ -112,7 +112,11 @@ def _(
     classes = list(data.class_names or map(str, range(target.shape[1])))
     first = {name: several[0] for name, several in outputs.logits.items()}
     examples = of_labels(first, target, outputs.batches, shows, key)
-    return {"classes": classes, "places": int(known.sum()), "calibration": calibrations, "examples": examples}
+    used = temperature[0] if isinstance(temperature, tuple) else temperature
+    yes = first["teacher"][known]
+    soft = {"used": used, **knowledge.over_temperatures(np.stack([yes, np.zeros_like(yes)], -1))}  # yes or no, of each
+    found = {"classes": classes, "places": int(known.sum()), "calibration": calibrations, "examples": examples}
+    return {**found, "temperature": soft}
 
 
 @of_outputs.register

@@ -111,6 +111,12 @@ class Facts:
         return f"{self.headline.name}, {unit}" if unit else self.headline.name
 
     @property
+    def others(self) -> str:
+        """What a teacher's probability goes to that its answer does not get."""
+        labels = self.record["task"]["kind"] == "MultiLabel"
+        return "the contrary of its answer" if labels else "other classes than its answer"
+
+    @property
     def short(self) -> str:
         """The headline as narrow columns have it."""
         return self.headline.name if self.headline.name.lower() == self.headline.key else self.headline.key

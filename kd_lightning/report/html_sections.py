@@ -158,7 +158,7 @@ def temperature(facts: Facts) -> dict[str, Any] | None:
         at = found["temperature"].index(used)
         said = (
             f"At T = {used:.3g} the teacher's soft targets have {percent(found['entropy'][at])} % of the largest "
-            f"possible entropy, and give {percent(found['others'][at])} % to other classes than its answer."
+            f"possible entropy, and give {percent(found['others'][at])} % to {facts.others}."
         )
         if "gradient" in found:
             start, end = (100 * values[at] for values in found["gradient"].values())
@@ -171,7 +171,7 @@ def _softness(facts: Facts, found: Mapping[str, Any]) -> list[Drawing]:
     share = svg.Axis("%", low=0, high=100)
     shown = [
         svg.Series("entropy, of the largest possible", "teacher", ts, [100 * v for v in found["entropy"]]),
-        svg.Series("probability of other classes", "term2", ts, [100 * v for v in found["others"]]),
+        svg.Series(f"probability of {facts.others}", "term2", ts, [100 * v for v in found["others"]]),
     ]
     used = found["used"]
     line = f" The line is T = {used:.3g}, which was used." if used else ""

@@ -48,7 +48,7 @@ def _reason(facts: Facts) -> Card:
     softness, labels = (differences.get(name) for name in ("distilled-control", "control-alone"))
     if not verdict["decided"]:
         return Card("Why?", "Too early to say", "One has to know first whether it helps.")
-    if not facts.details["hard_labels"]:
+    if softness is None and not facts.details["hard_labels"]:
         answer = "What the teacher says" if verdict["worth_it"] else "It was not shown to help"
         why = "The teacher answers with numbers, not classes: it has no hard labels with which to compare softness."
         if facts.details["extra"]:
@@ -97,7 +97,7 @@ def _softer(facts: Facts, t: float) -> str:
         return ""
     at, one = found["temperature"].index(t), found["temperature"].index(1.0)
     return (
-        f" It raises what the teacher gives to other classes than its answer from {percent(found['others'][one])} % to "
+        f" It raises what the teacher gives to {facts.others} from {percent(found['others'][one])} % to "
         f"{percent(found['others'][at])} % of the probability."
     )
 

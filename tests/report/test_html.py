@@ -110,6 +110,8 @@ def test_the_price_is_what_was_measured() -> None:
 def test_of_a_teacher_without_classes_softness_is_not_asked() -> None:
     of = record()
     of["details"] |= {"hard_labels": False, "extra": 60}
+    assert cards(Facts(of))[1].answer == "Softness, and the teacher's labels", "there is a control, of several labels"
+    del of["verdict"]["differences"]["distilled-control"]
     why = cards(Facts(of))[1]
     assert why.answer == "What the teacher says"
     assert why.why.endswith("It also answers 60 images that have no label.")
@@ -176,6 +178,7 @@ def test_each_task_shows_examples_of_its_own_kind(task) -> None:
         assert given["alt"]
         assert base64.b64decode(given["src"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     assert bool(images) == (task in ("classification", "segmentation", "several labels", "vectors"))
+    assert ("temperature" in shown.sections) == (task not in ("rows", "vectors"))
     text = shown.sections["knowledge"]
     assert {"language model": "␣", "words": "word", "rows": "Target:", "several labels": "Labels:"}.get(
         task, ""
