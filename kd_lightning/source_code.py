@@ -52,6 +52,7 @@ TELLS = frozenset(
         "report/__init__.py",
         "report/facts.py",
         "report/figures.py",
+        "report/glossary.py",
         "report/html.py",
         "report/html_quantization.py",
         "report/html_sections.py",

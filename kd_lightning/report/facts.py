@@ -13,6 +13,7 @@ VERSION = 1
 RECORD, PAGE = "report.json", "report.html"
 SHOWN_SECONDS = 0.1
 """What took less is no item of a price."""
+_NO_SLOWER = 1.05  # latencies differ by as much from one measurement to the next
 _FORMS = {figure.key: figure for figure in FIGURES}
 
 
@@ -49,9 +50,16 @@ class Facts:
 
     @property
     def served(self) -> str | None:
-        """Key of what would be served: the better quantised student, or the distilled one."""
-        found: str | None = self.details["served"] or self.distilled
-        return found
+        """Key of what would be served: the better quantised student, or the distilled one where that is faster."""
+        quantized: str | None = self.details["served"]
+        if quantized is None or self.distilled is None:
+            return quantized or self.distilled
+        own, after = (self.figure(key, "latency_ms_p50") for key in (self.distilled, quantized))
+        return self.distilled if own and after and after > _NO_SLOWER * own else quantized
+
+    def quantized_from(self, source: str) -> list[str]:
+        """Return the keys of what was quantised from a model."""
+        return [key for key, model in self.models.items() if (model.get("quantized") or {}).get("source") == source]
 
     def title(self, key: str) -> str:
         role = self.role(key)

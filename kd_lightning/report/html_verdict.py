@@ -7,6 +7,7 @@ from typing import Any
 from kd_lightning.report import svg
 from kd_lightning.report.facts import SHOWN_SECONDS, Facts, capital, duration
 from kd_lightning.report.figures import Drawing, legend
+from kd_lightning.report.glossary import glossary
 from kd_lightning.report.words import percent
 
 _FIGURES = (
@@ -29,7 +30,8 @@ _TITLES = {
 def verdict(facts: Facts) -> dict[str, Any]:
     """Return what the section shows."""
     drawings = [d for name in ("latency_ms_p50", "file_mb", "size_mb") if (d := _front(facts, name)) is not None]
-    return {"table": _table(facts), "drawings": drawings[:2], "costs": _costs(facts)}
+    words = glossary(facts.models.values(), facts.verdict)
+    return {"table": _table(facts), "drawings": drawings[:2], "costs": _costs(facts), "words": words}
 
 
 def _table(facts: Facts) -> dict[str, Any]:
@@ -41,7 +43,9 @@ def _table(facts: Facts) -> dict[str, Any]:
     columns = [f"{headline.name}, {unit}" if unit else headline.name, "gap closed, %", "agrees with teacher, %", "T"]
     rows: list[dict[str, Any]] = []
     for key, model in facts.models.items():
-        sd, t = facts.sd(key), facts.temperature(key)
+        sd, source = facts.sd(key), (model.get("quantized") or {}).get("source")
+        t = facts.temperature(key)
+        t = facts.temperature(str(source)) if t is None and source in facts.models else t
         share = model.get("gap_closed")
         closed = share["mean"] if share is not None and share["low"] is not None else None
         at = "–" if t is None else f"{t[0]:.3g} to {t[1]:.3g}" if isinstance(t, tuple) else f"{t:.3g}"
@@ -57,7 +61,7 @@ def _table(facts: Facts) -> dict[str, Any]:
                 "title": facts.title(key),
                 "role": facts.role(key),
                 "cells": cells,
-                "chosen": key in (facts.distilled, facts.served),
+                "marks": ["★"] * (key == facts.distilled) + ["◆"] * (key == facts.served != facts.distilled),
                 "nothing": model.get("learned_nothing"),
             }
         )
@@ -102,7 +106,7 @@ def quality_against(facts: Facts, name: str, points: Sequence[svg.Point]) -> Dra
         corners.insert(2 * i + 1, (after.x, before.y))
     what = {"latency_ms_p50": "latency", "file_mb": "size of the file", "size_mb": "size of the weights"}[name]
     wide = max(p.x for p in points) / min(p.x for p in points) > 4
-    on_it = ", ".join(p.label for p in front)
+    on_it = "; ".join(p.label for p in front)
     alt = f"{facts.headline.name} against {what} of {len(points)} models. No other is better in both than: {on_it}."
     return Drawing(
         f"{capital(facts.headline.name)} against {what}",

@@ -27,8 +27,10 @@ class Card(NamedTuple):
 
 
 def cards(facts: Facts) -> list[Card]:
-    """Return the four answers."""
-    return [_worth_it(facts), _reason(facts), _temperature(facts), _price(facts)]
+    """Return the answers, the most important one first."""
+    found = [_worth_it(facts), _reason(facts), _temperature(facts), _price(facts)]
+    file = _file(facts)
+    return found if file is None else [*found, file]
 
 
 def _worth_it(facts: Facts) -> Card:
@@ -38,8 +40,21 @@ def _worth_it(facts: Facts) -> Card:
     said = verdict["sentence"].partition(": ")[2] or verdict["sentence"]
     said = said[0].upper() + said[1:]
     if verdict["worth_it"]:
-        return Card("Is distillation worth it here?", "Yes", said, "good")
+        beyond = _beyond(facts)
+        answer = "Yes, for a small model" if beyond else "Yes"
+        return Card("Is distillation worth it here?", answer, said + beyond, "good")
     return Card("Is distillation worth it here?", "No", said, "bad")
+
+
+def _beyond(facts: Facts) -> str:
+    """Say by how much the teacher stays better than what was distilled."""
+    if facts.distilled is None or "teacher" not in facts.models:
+        return ""
+    teacher, distilled = facts.value("teacher"), facts.value(facts.distilled)
+    if not facts.headline.better(teacher, distilled):
+        return ""
+    difference = facts.headline.write_difference(abs(teacher - distilled))
+    return f" The teacher stays {difference} better, at {facts.headline.write(teacher)}."
 
 
 def _reason(facts: Facts) -> Card:
@@ -58,8 +73,9 @@ def _reason(facts: Facts) -> Card:
         why = "There is no control on the teacher's hard labels, so what softness adds was not asked."
         return Card("Why?", "Not asked", why)
     why = (
-        f"The teacher's hard labels alone bring the student {_signed(headline, labels)}{_if_shown(labels)}, their "
-        f"softness a further {_signed(headline, softness)}{_if_shown(softness)}."
+        f"The teacher's hard labels, its first choices, bring the student {_signed(headline, labels)}"
+        f"{_if_shown(labels)}. Its probabilities for all classes, their softness, bring {_signed(headline, softness)} "
+        f"on top of that{_if_shown(softness)}."
     )
     if softness["low"] > 0:
         also = labels["low"] > 0
@@ -84,9 +100,9 @@ def _temperature(facts: Facts) -> Card:
         others = ", ".join(f"{x:.3g}" for x in sorted(tried) if x != t)
         why = f"The best on the validation {facts.headline.units}; {others} were tried as well."
     else:
-        why = "It is the only one that was tried."
+        why = "The only one that was tried: another may be better."
         if str(facts.models[key]["method"]).startswith("kd-T"):
-            why = "It is the only one that was tried. A sweep: the same command with -m losses.kd.temperature=1,2,4,8."
+            why += " To try others: the same command with -m losses.kd.temperature=1,2,4,8."
     return Card(question, f"T = {t:.3g}", why + _softer(facts, t))
 
 
@@ -97,8 +113,8 @@ def _softer(facts: Facts, t: float) -> str:
         return ""
     at, one = found["temperature"].index(t), found["temperature"].index(1.0)
     return (
-        f" It raises what the teacher gives to {facts.others} from {percent(found['others'][one])} % to "
-        f"{percent(found['others'][at])} % of the probability."
+        f" The teacher gives {percent(found['others'][one])} % of the probability to {facts.others} at T = 1, and "
+        f"{percent(found['others'][at])} % at T = {t:.3g}: these tell the student what resembles what."
     )
 
 
@@ -138,10 +154,55 @@ def _paid_back(facts: Facts) -> str:
     if large <= small:
         return "As it is no faster, no number of requests pays for the student's training."
     storing = facts.storing(key)
-    requests = (facts.seconds(key) + facts.further(key) + storing) / ((large - small) / 1000)
-    power = 10 ** max(0, math.floor(math.log10(max(requests, 1))) - 1)
-    what = "storing and for the student's training" if storing else "the student's training"
-    return f"That pays for {what} after some {round(requests / power) * power:,.0f} requests."
+    saved = (large - small) / 1000
+    seconds = facts.seconds(key) + facts.further(key) + storing
+    requests = seconds / saved
+    power = 10.0 ** max(0, math.floor(math.log10(max(requests, 1))) - 2)
+    what = "the storing and the student's training" if storing else "the student's training"
+    count = f"{round(requests / power) * power:,.0f} requests"
+    return (
+        f"In its place it saves {1000 * saved:.3g} ms a request: {count} make up for {what}, {duration(seconds)}; "
+        "the teacher is needed either way."
+    )
+
+
+def _file(facts: Facts) -> Card | None:
+    """Say which file is the fastest, which the smallest, and which is as good as the teacher."""
+    if facts.distilled is None:
+        return None
+    students = [facts.distilled, *facts.quantized_from(facts.distilled)]
+    figures = {"fastest": ("latency_ms_p50", "ms"), "smallest": ("file_mb", "MB")}
+    best: dict[str, str] = {}
+    for what, (name, _) in figures.items():
+        known = {key: x for key in students if (x := facts.figure(key, name))}
+        if known:
+            best[what] = min(known, key=lambda key: known[key])
+    if len(students) < 2 or len(best) < 2:
+        return None
+
+    def said(what: str) -> str:
+        name, unit = figures[what]
+        return f"{facts.written(best[what], name)} {unit}, {facts.headline.write(facts.value(best[what]))}"
+
+    if best["fastest"] == best["smallest"]:
+        answer = facts.title(best["fastest"])
+        why = f"The fastest and the smallest ({said('fastest')}; {said('smallest').partition(',')[0]})."
+    else:
+        answer = f"{facts.title(best['fastest'])}, or {facts.title(best['smallest'])}"
+        slower = f"{facts.written(best['smallest'], 'latency_ms_p50')} ms"
+        why = f"The one is the fastest ({said('fastest')}), the other the smallest ({said('smallest')}, {slower})."
+    return Card("Which file to serve?", answer, why + _of_teacher(facts))
+
+
+def _of_teacher(facts: Facts) -> str:
+    """Say what quantising the teacher alone gives."""
+    key = next((key for key in facts.quantized_from("teacher") if facts.figure(key, "latency_ms_p50")), None)
+    large, small = (facts.figure(of, "latency_ms_p50") if of else None for of in ("teacher", key))
+    if key is None or not large or not small:
+        return ""
+    ratio = large / small
+    how = f"{times(max(ratio, 1 / ratio))} {'faster' if ratio >= 1 else 'slower'} than in float"
+    return f" Where no {facts.headline.name} may be lost: {key}, {facts.headline.write(facts.value(key))}, {how}."
 
 
 def serving(facts: Facts) -> str:
@@ -161,11 +222,12 @@ def serving(facts: Facts) -> str:
     against = facts.verdict["differences"].get("served-teacher")
     if against is not None and _if_shown(against):
         found[-1] += " (not shown)"
-    return f"Served is {facts.title(served)}: {', '.join(found)} than the teacher."
+    *first, last = found
+    return f"Against the teacher, {facts.title(served)} is {', '.join(first)}{' and ' if first else ''}{last}."
 
 
 def _if_shown(interval: Mapping[str, float]) -> str:
-    return "" if interval["low"] > 0 or interval["high"] < 0 else ", which was not shown"
+    return "" if interval["low"] > 0 or interval["high"] < 0 else ", no gain shown"
 
 
 def _signed(headline: Headline, interval: Mapping[str, float]) -> str:

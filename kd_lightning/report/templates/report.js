@@ -47,7 +47,7 @@
     const days = number("days") || 1;
     const at = `at ${requests.toLocaleString("en")} requests a day`;
     document.getElementById("paid").textContent = saves > 0
-      ? `${small.storing ? "Storing the teacher's outputs and training the student are" : "Training the student is"} paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
+      ? `In the teacher's place, ${small.storing ? "the storing of its outputs and the student's training are" : "the student's training is"} paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
       : `It is never paid back by serving ${at}: they take ${time(small.seconds)} of computing a day with ${small.title}, and ${time(large.seconds)} with the teacher.`;
     const top = Math.max(...lines.map((l) => l.once + l.daily * days)) || 1;
     const x = (d) => L + d / days * (W - L - R), y = (c) => H - B - c / top * (H - T - B);
