@@ -114,7 +114,7 @@ def _softer(facts: Facts, t: float) -> str:
     at, one = found["temperature"].index(t), found["temperature"].index(1.0)
     return (
         f" The teacher gives {percent(found['others'][one])} % of the probability to {facts.others} at T = 1, and "
-        f"{percent(found['others'][at])} % at T = {t:.3g}: these tell the student what resembles what."
+        f"{percent(found['others'][at])} % at T = {t:.3g}: that is what softness adds."
     )
 
 
