@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -38,6 +37,11 @@ _STANDARD = sysconfig.get_paths()["stdlib"]
 _ENVIRONMENT = re.compile(r"(MLFLOW|CUDA|OMP|MKL|ORT|OPENVINO|TORCH|PYTORCH|PL|HF|TRANSFORMERS)_")
 """Variables of the environment on which a run may depend."""
 _NOT_LOOKED_AT = re.compile(r"\..*|__pycache__|lock|owner|shipped\.json|answer-\w+\.json|.*\.pyc")
+_CONFIGURATIONS = "*.yaml"
+_NO_CONFIGURATIONS = re.compile(
+    rf"{_NOT_LOOKED_AT.pattern}|site-packages|node_modules|mlruns|mlartifacts|outputs|multirun"
+)
+"""What is not looked through for configurations, where a whole project is their folder."""
 _KNOWN = ("kd_lightning.", "torch.", "torchmetrics.", "lightning.", "functools.", "builtins.")
 _READS_ELSEWHERE = "kd_lightning.models.hugging_face"  # a hub's cache
 _MOST_FILES = 20_000
@@ -126,7 +130,7 @@ def question(
     inputs = sorted(name for name in named if not Path(work_dir).absolute().is_relative_to(Path(name).absolute()))
     return Question(
         key=hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest(),
-        watched=(str(_PACKAGE), *sorted(set(folders)), *inputs),
+        watched=(str(_PACKAGE), *(f"{folder}/{_CONFIGURATIONS}" for folder in sorted(set(folders))), *inputs),
         since=since,
     )
 
@@ -256,7 +260,7 @@ def _processor() -> tuple[str, ...]:
     return tuple(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _files(path: str) -> Iterator[_File]:
+def _files(path: str, skipped: re.Pattern[str] = _NOT_LOOKED_AT) -> Iterator[_File]:
     """Return a file, or all those of a folder; a file that is not there, with a size of -1."""
     if not os.path.isdir(path):
         try:
@@ -267,16 +271,25 @@ def _files(path: str) -> Iterator[_File]:
             yield _File(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         return
     for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _NOT_LOOKED_AT.fullmatch(name))
+        folders[:] = sorted(name for name in folders if not skipped.fullmatch(name))
         for name in sorted(files):
-            if not _NOT_LOOKED_AT.fullmatch(name):
+            if not skipped.fullmatch(name):
                 yield from _files(os.path.join(folder, name))
 
 
 def _look(paths: Iterable[str]) -> list[_File] | None:
-    """Look at the files; None for more than can be looked at in a moment."""
-    found = list(islice((file for path in paths for file in _files(path)), _MOST_FILES + 1))
-    return found if len(found) <= _MOST_FILES else None
+    """Look at the files, and at the configurations in folders; None for more than can be looked at in a moment."""
+    found, seen = list[_File](), 0
+    for path in paths:
+        folder = path.removesuffix(f"/{_CONFIGURATIONS}")
+        all_of_it = folder == path
+        for file in _files(folder, _NOT_LOOKED_AT if all_of_it else _NO_CONFIGURATIONS):
+            seen += 1
+            if seen > _MOST_FILES:
+                return None
+            if all_of_it or file.path.endswith(".yaml"):
+                found.append(file)
+    return found
 
 
 def _state(paths: Iterable[str]) -> str | None:

@@ -91,7 +91,9 @@ def test_what_tells_nothing_of_the_outcome_may_change(project: Project) -> None:
     project.keep()
     (project.stage / "lock").write_text("of another command")
     (project.pipeline / "shipped.json").write_text("{}")
-    (project.folder / "notes.txt").write_text("not of the project")
+    (project.folder / "conf/notes.txt").write_text("no configuration")
+    (project.folder / "conf/mlruns").mkdir()
+    (project.folder / "conf/mlruns/conda.yaml").write_text("of a model")
     (project.folder / "__pycache__").mkdir(exist_ok=True)
     assert project.found() is not None
 
@@ -106,6 +108,12 @@ def rewrite(path: str) -> Callable[[Project], None]:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     return change
+
+
+def test_of_more_files_than_can_be_looked_at_none_is_kept(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_lightning.answers._MOST_FILES", 100)  # the package alone has more
+    project.keep()
+    assert not list(project.pipeline.glob("answer-*"))
 
 
 def package(project: Project) -> None:
