@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,6 +220,10 @@ class FinishedStage:
     """Describes its data, see :func:`~kd_lightning.data.inputs.inputs_of`."""
     run_id: str | None = None
     """The key of the run to which this command logs it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What that run was told at its end, by name."""
+    logged_at: int = 0
+    """When, in milliseconds since 1970."""
 
     def network(self) -> nn.Module:
         """Make the trained network anew, on the CPU."""

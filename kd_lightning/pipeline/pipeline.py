@@ -21,7 +21,7 @@ from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
 from kd_lightning.pipeline.compare import against_teacher, compare
 from kd_lightning.pipeline.folder import FinishedStage, held_if_free
-from kd_lightning.pipeline.logged import best_model, file_model, network_model
+from kd_lightning.pipeline.logged import best_model, figures_of, figures_of_serving, file_model, network_model
 from kd_lightning.pipeline.measure import NAMES, measure, measure_files, measure_writing
 from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.pipeline.quantize import QuantizationPlan, float_file
@@ -40,6 +40,7 @@ from kd_lightning.report.verdict_json import VERDICT, write_verdict
 from kd_lightning.report.words import say
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
+from kd_lightning.tracking.journal import now
 from kd_lightning.tracking.logger import check_writable
 from kd_lightning.tracking.runs import MakeLogger, Tracking, is_rank_zero
 from kd_lightning.tracking.sweeps import Sweep
@@ -239,24 +240,27 @@ class Pipeline:
         if stage.reused:
             tracking.reused(training.name, tags, training.config, stage.folder.path)
         run_id = tracking.runs.get(training.name)
-        stage = replace(stage, run_id=run_id)  # variants may share a name
-        for described in stage.inputs() if run_id is not None else ():
+        inputs = stage.inputs() if run_id is not None else []
+        for described in inputs:
             tracking.log(run_id, "dataset", **described)
         if stage.result.temperature is not None:
             tracking.tag(run_id, "kd.temperature", temperature(stage.result.temperature))
+        values = stage.result.metrics(self.task.headline)
+        teacher = stage if training.role == "teacher" else finished.get("teacher")
+        if teacher is not None:
+            against = against_teacher(stage.result, teacher.result, self.task)
+            values |= {f"final/{name}": value for name, value in against.items()}
+        # Variants may share a name.
+        stage = replace(stage, run_id=run_id, metrics=values, logged_at=now(), inputs=lambda: inputs)
+        tracking.metrics(run_id, values, stage.logged_at)
         if run_id is not None:
             network = network_model(stage)
             for model in (network, file_model(stage)):
                 if model is not None:
                     tracking.log(run_id, "model", **model)
+                    tracking.log(run_id, "figures", **figures_of(model, stage, values, stage.logged_at))
             if network is None and not stage.reused:
                 tracking.artifact(run_id, stage.folder.weights)
-        values: dict[str, float | None] = {**stage.result.metrics(self.task.headline)}
-        teacher = stage if training.role == "teacher" else finished.get("teacher")
-        if teacher is not None:
-            against = against_teacher(stage.result, teacher.result, self.task)
-            values |= {f"final/{name}": value for name, value in against.items()}
-        tracking.metrics(run_id, values)
         tracking.text(run_id, json.dumps(training.config, indent=2, default=str), "config.json")
         tracking.finish(run_id)
         return stage
@@ -279,10 +283,8 @@ class Pipeline:
             of_parts = {name: self.task.headline.value(stage.result.scores[units]) for name, units in parts.items()}
             cost = {key: x for key, x in costs[stage.result.label].items() if key not in stage.result.figures}
             results.append(replace(stage.result, figures={**stage.result.figures, **cost}, parts=of_parts))
-            tracking.metrics(stage.run_id, {f"final/{key}": value for key, value in cost.items()})
-            file = file_model(stage) if stage.result.quantized is None else None
-            if file is not None:  # it was written to be measured
-                tracking.log(stage.run_id, "model", **file)
+            named = {f"final/{key}": value for key, value in cost.items()}
+            self._log_cost(stage, named, stage is _first_seeds(finished)[stage.result.label], tracking)
         verdict = compare(
             results,
             self.task,
@@ -301,6 +303,24 @@ class Pipeline:
         self.console.print()
         print_verdict(verdict, self.console)
         return verdict, self._report(path.with_name(RECORD), verdict, finished, data, tracking)
+
+    def _log_cost(self, stage: FinishedStage, values: Mapping[str, float], timed: bool, tracking: Tracking) -> None:
+        """Log what it costs to serve a stage's model.
+
+        Args:
+            stage: Any of the model's seeds.
+            values: By name.
+            timed: Whether it is the seed that was timed.
+            tracking: Where the stage has its run.
+        """
+        at = now()
+        tracking.metrics(stage.run_id, values, at)
+        file = file_model(stage) if stage.result.quantized is None else None
+        if file is not None:  # it was written to be timed
+            tracking.log(stage.run_id, "model", **file)
+            tracking.log(stage.run_id, "figures", **figures_of(file, stage, stage.metrics, stage.logged_at))
+        for figures in figures_of_serving(stage, values, at, of_file=self.quantized is not None) if timed else ():
+            tracking.log(stage.run_id, "figures", **figures)
 
     def _report(
         self, path: Path, verdict: Verdict, finished: Sequence[FinishedStage], data: Data, tracking: Tracking
@@ -328,8 +348,7 @@ class Pipeline:
 
     def _measure(self, finished: Sequence[FinishedStage], data: Data) -> dict[str, dict[str, float]]:
         """Time one network of each model, or its file; return the figures by label."""
-        first = {stage.result.label: stage for stage in reversed(finished)}
-        first = dict(reversed(first.items()))
+        first = _first_seeds(finished)
         example = part(self.task.read(next(iter(data.val_dataloader()))), slice(1))
         writing = {label: stage.network() for label, stage in first.items() if stage.result.quantized is None}
         written = measure_writing(writing) if self.task.writes else {}
@@ -356,6 +375,12 @@ class Pipeline:
 
     def _fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _first_seeds(finished: Sequence[FinishedStage]) -> dict[str, FinishedStage]:
+    """Return the first seed of each model, by its label: the one that is timed."""
+    first = {stage.result.label: stage for stage in reversed(finished)}
+    return dict(reversed(first.items()))
 
 
 def _summary(stage: FinishedStage) -> str:

@@ -35,10 +35,15 @@ def dataset(
     kind, source = ("code", {"tags": {"mlflow.source.name": made_by}}) if folder is None else ("local", {"uri": folder})
     entity = Dataset(
         name=name,
-        digest=digest[:_DIGEST],
+        digest=as_mlflow_has_it(digest),
         source_type=kind,
         source=json.dumps(source),
         profile=json.dumps({} if rows is None else {"num_rows": rows}),
     )
     tags = [InputTag("mlflow.data.context", context)]
     client.log_inputs(run_id, datasets=[DatasetInput(entity, tags)])
+
+
+def as_mlflow_has_it(digest: str) -> str:
+    """Return a digest as it stands in a run's inputs."""
+    return digest[:_DIGEST]

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+
+from kd_lightning.tracking.datasets import as_mlflow_has_it
 
 _Specs = Mapping[str, tuple[Any, tuple[int, ...]]]
 """Type and shape by name; -1 for any size."""
@@ -47,7 +49,7 @@ def model(
         file_path: Path of an ONNX file: the model is of MLflow's flavour ``onnx``, and answers in ONNX Runtime.
         weights_path: In its place, path of a checkpoint; answers in PyTorch, where this package is installed.
         network: What makes the network of ``weights_path``, as a configuration has it.
-        tags: Of the model.
+        tags: Of the model, by which it is found; they are its parameters too, which the page has columns for.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -59,6 +61,7 @@ def model(
             name=re.sub(r"[.:/%\"'\s]+", "-", name),
             source_run_id=run_id,
             tags={**(tags or {}), DIGEST: digest},
+            params=dict(tags or {}),
         )
     if str(logged.status) != "READY":
         with TemporaryDirectory(prefix="kd-lightning-") as folder, _quietly():
@@ -89,9 +92,7 @@ def register(client: Any, run_id: str, *, name: str, digest: str) -> None:
     """
     from mlflow.exceptions import MlflowException
 
-    logged = find(client, client.get_run(run_id).info.experiment_id, digest)
-    if logged is None:
-        raise ValueError(f"no model of the digest {digest} was logged, expected it ahead of its registration")
+    logged = _found(client, run_id, digest, "its registration")
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -104,10 +105,46 @@ def register(client: Any, run_id: str, *, name: str, digest: str) -> None:
         )
 
 
+def figures(client: Any, run_id: str, *, digest: str, measured: Sequence[Mapping[str, Any]], measured_at: int) -> None:
+    """Log numbers of a logged model, and of the run; again changes nothing.
+
+    Args:
+        client: MLflow's.
+        run_id: By which they were found. Numbers that it has from the same millisecond are not doubled.
+        digest: Of the logged model.
+        measured: For each set of samples ``values``, by name, and ``dataset``: ``name`` and ``digest`` of the run's
+            input; None for numbers that are of no samples.
+        measured_at: Milliseconds since 1970.
+
+    Raises:
+        ValueError: Where nothing of that digest was logged.
+    """
+    from mlflow.entities import Metric
+
+    model_id = _found(client, run_id, digest, "its figures").model_id
+    metrics = [
+        Metric(name, value, measured_at, 0, model_id, *_name_and_digest(group["dataset"]))
+        for group in measured
+        for name, value in group["values"].items()
+    ]
+    client.log_batch(run_id, metrics=metrics, synchronous=True)
+
+
 def find(client: Any, experiment_id: str, digest: str) -> Any | None:
     """Return the logged model of a digest; None where there is none."""
     found = client.search_logged_models([experiment_id], f"tags.`{DIGEST}` = '{digest}'", max_results=1)
     return next(iter(found), None)
+
+
+def _found(client: Any, run_id: str, digest: str, of_it: str) -> Any:
+    logged = find(client, client.get_run(run_id).info.experiment_id, digest)
+    if logged is None:
+        raise ValueError(f"no model of the digest {digest} was logged, expected it ahead of {of_it}")
+    return logged
+
+
+def _name_and_digest(dataset: Mapping[str, str] | None) -> tuple[str | None, str | None]:
+    return (dataset["name"], as_mlflow_has_it(dataset["digest"])) if dataset is not None else (None, None)
 
 
 @contextmanager

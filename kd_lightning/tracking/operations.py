@@ -6,7 +6,7 @@ from typing import Any
 
 from kd_lightning.durable_files import sha256_of
 from kd_lightning.tracking.datasets import dataset
-from kd_lightning.tracking.models import model, register
+from kd_lightning.tracking.models import figures, model, register
 from kd_lightning.tracking.view import comparison, sweep
 
 _PER_REQUEST = 100
@@ -47,6 +47,7 @@ OPERATIONS: dict[str, Callable[..., object]] = {
     "artifact": artifact,
     "comparison": comparison,
     "dataset": dataset,
+    "figures": figures,
     "model": model,
     "register": register,
     "sweep": sweep,

@@ -148,11 +148,11 @@ class Tracking:
         if run_id is not None:
             self._loggers[run_id].journal.write(op, **values)
 
-    def metrics(self, run_id: str | None, values: Mapping[str, float | None]) -> None:
-        """Log final values of a run, those that are known."""
+    def metrics(self, run_id: str | None, values: Mapping[str, float | None], at: int | None = None) -> None:
+        """Log final values of a run, those that are known; ``at`` in milliseconds since 1970, now by default."""
         known = {name: value for name, value in values.items() if value is not None}
         if run_id is not None and known:
-            self._loggers[run_id].journal.metrics(known)
+            self._loggers[run_id].journal.metrics(known, at=at)
 
     def artifact(self, run_id: str | None, file: Path) -> None:
         """Log a file that stays as it is."""

@@ -28,6 +28,15 @@ def test_every_run_stands_in_mlflow_under_one_parent(finished) -> None:
         (model,) = (client.get_logged_model(output.model_id) for output in run.outputs.model_outputs)
         assert (model.name, str(model.status)) == (run.info.run_name, "READY")
         inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+        figures = {metric.key: (metric.value, metric.dataset_digest) for metric in model.metrics}
+        assert {name: value for name, (value, _) in figures.items()} == {
+            name: value for name, value in run.data.metrics.items() if name.startswith("final/")
+        }
+        for name in ("final/acc", "final/agreement", "final/retention"):
+            assert figures[name][1] == inputs["test"].digest
+            assert len(client.get_metric_history(run.info.run_id, name)) == 1
+        assert figures["final/val_acc"][1] == inputs["validation"].digest
+        assert figures["final/latency_ms_p50"][1] is None
         assert set(inputs) == {"training", "validation", "test"}
         assert json.loads(inputs["training"].profile) == {"num_rows": 6000 if run is children[0] else 300}
     distilled = children[-1]

@@ -69,7 +69,23 @@ def test_every_run_stands_in_mlflow_with_what_was_quantised(quantized) -> None:
             assert logged["final/quantized_layers"] == (6 if "teacher" in name else 4)
             assert logged["final/integer_operators"] == (0 if "w4" in name else logged["final/quantized_layers"])
             assert 0 < logged["final/agreement_fp32"] <= 1
+            not_of_a_file = {"final/size_mb", "final/train_seconds"}
+            assert {of.key: of.value for of in file.metrics} == {
+                key: value for key, value in logged.items() if key.startswith("final/") and key not in not_of_a_file
+            }
     assert "train/loss/kd" in ours["quantized-distilled-qat-int8-s0"].data.metrics
+    for name in MAIN:  # of which the files were timed
+        run = ours[name]
+        models = [client.get_logged_model(of.model_id) for of in run.outputs.model_outputs]
+        models.sort(key=lambda model: len(model.name))
+        network, file = ({of.key: of for of in model.metrics if of.run_id == run.info.run_id} for model in models)
+        assert (models[0].name, models[1].name) == (name, f"{name}-onnx")
+        of_the_file = {"final/file_mb", "final/latency_ms_p50", "final/throughput_per_s"}
+        assert of_the_file <= set(file)
+        assert not of_the_file & set(network)
+        assert file["final/acc"].value == network["final/acc"].value == run.data.metrics["final/acc"]
+        assert file["final/acc"].dataset_digest == network["final/acc"].dataset_digest is not None
+        assert len(client.get_metric_history(run.info.run_id, "final/acc")) == 1
 
 
 @pytest.mark.integration

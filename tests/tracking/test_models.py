@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from kd_lightning.export import export
 from kd_lightning.models import CNN8
 from kd_lightning.tracking.datasets import dataset
-from kd_lightning.tracking.models import digest_of, find, model, register
+from kd_lightning.tracking.models import digest_of, figures, find, model, register
 from kd_lightning.tracking.serving import Served
 from tests.tracking.servers import free_port
 
@@ -69,6 +69,7 @@ def test_a_model_is_stored_once_is_linked_to_each_run_and_answers_as_the_network
         model(client, run_id, **described(folder, kind))
     (logged,) = client.search_logged_models([client.get_run(first).info.experiment_id])
     assert (logged.name, logged.source_run_id, str(logged.status)) == (f"student-T0-5-{kind}", first, "READY")
+    assert logged.params == described(folder, kind).get("tags", {})
     for run_id in (first, second):
         assert [output.model_id for output in client.get_run(run_id).outputs.model_outputs] == [logged.model_id]
     loaded = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
@@ -102,6 +103,26 @@ def test_a_model_is_a_version_of_the_registered_one_once(client, trained) -> Non
     assert version.run_id == run_id
     loaded = mlflow.pyfunc.load_model(f"models:/student/{version.version}")
     np.testing.assert_allclose(loaded.predict(images)["logits"], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_figures_of_a_model_stand_once_in_it_and_in_the_run(client, trained) -> None:
+    folder, _, _ = trained
+    run_id, values = new_run(client), described(folder, "onnx")
+    data = {"name": "FashionMNIST", "digest": digest_of("test")}
+    measured = [{"values": {"final/acc": 0.8}, "dataset": data}, {"values": {"final/file_mb": 0.1}, "dataset": None}]
+    told = {"digest": values["digest"], "measured": measured, "measured_at": 1_700_000_000_000}
+    with pytest.raises(ValueError, match="expected it ahead of its figures"):
+        figures(client, run_id, **told)
+    model(client, run_id, **values)
+    client.log_metric(run_id, "final/acc", 0.8, told["measured_at"], 0)
+    for _ in range(2):  # the answer was lost
+        figures(client, run_id, **told)
+    logged = find(client, client.get_run(run_id).info.experiment_id, values["digest"])
+    found = {of.key: (of.value, of.run_id, of.dataset_name, of.dataset_digest) for of in logged.metrics}
+    assert len(logged.metrics) == 2
+    assert found["final/acc"] == (0.8, run_id, "FashionMNIST", digest_of("test")[:36])
+    assert found["final/file_mb"] == (0.1, run_id, None, None)
+    assert len(client.get_metric_history(run_id, "final/acc")) == 1
 
 
 def test_data_is_an_input_of_a_run_once(client) -> None:
