@@ -5,6 +5,8 @@ The page reads a view that somebody shares from a tag of the experiment, and ope
 """
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +15,8 @@ from kd_lightning.records import TITLES
 from kd_lightning.tracking.calls import without_credentials
 
 EXPERIMENT_TAGS: Mapping[str, str] = {"mlflow.experimentKind": "custom_model_development"}
-"""Without it the page takes an experiment for one of prompts and traces, or guesses."""
+"""For versions of the page that go by it, and else guess. That of MLflow 3.17 goes by its address, ``workflowType``,
+or else by the browser's last choice, in a new one prompts and traces: no tag changes that."""
 COLOURS: Mapping[str, str] = {
     "pipeline": "#616161",
     "teacher": "#1b5e20",
@@ -27,8 +30,6 @@ COLOURS: Mapping[str, str] = {
 }
 ORDER = "kd.order"
 """Tag by which a pipeline's runs are sorted: from the teacher to the quantised students."""
-PORT = 5000
-"""Of ``mlflow ui``, unless it is told another."""
 _VIEW = "mlflow.sharedViewState."
 _CURVES = ("train/loss", "kd/temperature", "val/agreement")
 
@@ -95,27 +96,37 @@ def place(what: str, tracking_uri: str, experiment_id: str, run_id: str) -> str:
 
     Example:
         >>> print(place("run", "sqlite:///mlruns/mlflow.db", "1", "0123456789abcdef"))  # doctest: +ELLIPSIS
-        Every run, side by side: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db, then http://127.0.0.1:5000/#/...
+        Every run, side by side: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --port ..., then http://...
     """
     where = address(tracking_uri, experiment_id, run_id)
     if urlsplit(tracking_uri).scheme in ("http", "https"):
         return f"Every {what}, side by side: {where}"
-    return (
-        f"Every {what}, side by side: mlflow ui --backend-store-uri {without_credentials(tracking_uri)}, then {where}"
-    )
+    show = f"mlflow ui --backend-store-uri {without_credentials(tracking_uri)} --port {_port()}"
+    return f"Every {what}, side by side: {show}, then {where}"
 
 
 def address(tracking_uri: str, experiment_id: str, run_id: str) -> str:
-    """Return where the view of a run opens: on the server, or for a database on ``mlflow ui`` with its defaults.
+    """Return where the view of a run opens: on the server, or for a database on the ``mlflow ui`` of :func:`place`.
 
     Example:
         >>> address("http://user:password@mlflow.example/", "3", "0123456789abcdef")
         'http://mlflow.example/#/experiments/3/runs?workflowType=machine_learning&viewStateShareKey=0123456789ab'
     """
-    server = f"http://127.0.0.1:{PORT}"
+    server = f"http://{_host()}:{_port()}"
     if urlsplit(tracking_uri).scheme in ("http", "https"):
         server = without_credentials(tracking_uri).replace("***@", "").rstrip("/")
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={_key(run_id)}"
+
+
+def _port() -> str:
+    """Return MLflow's own setting; else its default, but on macOS, where AirPlay has that."""
+    return os.environ.get("MLFLOW_PORT") or ("5001" if sys.platform == "darwin" else "5000")
+
+
+def _host() -> str:
+    """Return MLflow's own setting; this machine where that is every address."""
+    host = os.environ.get("MLFLOW_HOST") or "127.0.0.1"
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 def _key(run_id: str) -> str:

@@ -1,12 +1,14 @@
 """What MLflow's page reads of an experiment: that it is one of model training, and the views that are shared."""
 
 import json
+import shlex
 from pathlib import Path
 
+import mlflow.cli
 import pytest
 from mlflow import MlflowClient
 
-from kd_lightning.tracking.view import EXPERIMENT_TAGS, address, comparison, look, open_as_training
+from kd_lightning.tracking.view import EXPERIMENT_TAGS, address, comparison, look, open_as_training, place
 
 KIND = "mlflow.experimentKind"
 
@@ -54,6 +56,36 @@ def test_a_view_is_kept_once_and_fits_a_tag(store: Path) -> None:
     sections = [section["uuid"] for section in view["compareRunSections"]]
     assert sections == ["final", "training"]
     assert {card["metricSectionId"] for card in view["compareRunCharts"]} == set(sections)
+
+
+@pytest.mark.parametrize(
+    ("settings", "server"),
+    [
+        ({}, "http://127.0.0.1:5000"),
+        ({"MLFLOW_PORT": "5005"}, "http://127.0.0.1:5005"),
+        ({"MLFLOW_HOST": "0.0.0.0", "MLFLOW_PORT": "80"}, "http://127.0.0.1:80"),
+        ({"MLFLOW_HOST": "gpu1.example"}, "http://gpu1.example:5000"),
+    ],
+)
+def test_the_command_for_a_local_store_listens_where_the_address_is(monkeypatch, settings: dict, server: str) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("MLFLOW_HOST", "MLFLOW_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    said = place("run", "sqlite:///mlruns/mlflow.db", "1", "0" * 32)
+    assert f"--port {server.rpartition(':')[2]}, then {server}/#/experiments/1/runs?" in said
+    arguments = shlex.split(said.partition("mlflow ui ")[2].partition(", then")[0])
+    asked = mlflow.cli.server.make_context("ui", arguments, resilient_parsing=True).params
+    assert asked["port"] == int(server.rpartition(":")[2])
+    assert asked["host"] == settings.get("MLFLOW_HOST", "127.0.0.1")
+
+
+def test_on_macos_the_port_is_none_that_airplay_has(monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_PORT", raising=False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    said = place("run", "sqlite:///mlruns/mlflow.db", "1", "0" * 32)
+    assert "--port 5001, then http://127.0.0.1:5001/" in said
 
 
 def test_no_password_is_in_the_address() -> None:
