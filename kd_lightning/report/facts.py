@@ -127,7 +127,8 @@ class Facts:
     @property
     def short(self) -> str:
         """The headline as narrow columns have it."""
-        return self.headline.name if self.headline.name.lower() == self.headline.key else self.headline.key
+        name, key = self.headline.name, self.headline.key
+        return name[-len(key) :] if name.lower().endswith(key) else key  # mIoU; F1 of macro-F1; but acc
 
     def temperature(self, key: str) -> float | tuple[float, float] | None:
         found = self.models[key].get("temperature")
@@ -173,13 +174,12 @@ def duration(seconds: float) -> str:
 
 
 def capital(text: str) -> str:
-    """Begin a text with a capital, unless its first word has one inside.
+    """Begin a text with a capital, unless its second letter is one.
 
     >>> capital("accuracy, %"), capital("mIoU, %")
     ('Accuracy, %', 'mIoU, %')
     """
-    first = text.partition(" ")[0]
-    return text if first != first.lower() else text[:1].upper() + text[1:]
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 
 def times(ratio: float) -> str:

@@ -20,6 +20,7 @@
   const W = 340, H = 230, L = 56, R = 12, T = 12, B = 40;
   const dashes = {student: "5 3", teacher: "", distilled: "", quantized: ""};
   const write = (x) => x === 0 ? "0" : Math.abs(x) >= 1e6 || Math.abs(x) < 1e-5 ? x.toExponential(1) : Number(x.toPrecision(3)).toLocaleString("en", {maximumFractionDigits: 8});
+  const count = (x) => Number(Math.round(x).toPrecision(3)).toLocaleString("en");
   const span = (days) => days >= 2 ? `${write(days)} days` : days * 24 >= 2 ? `${write(days * 24)} hours` : `${write(days * 1440)} minutes`;
   const text = (value) => String(value).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
@@ -47,7 +48,7 @@
     const days = number("days") || 1;
     const at = `at ${requests.toLocaleString("en")} requests a day`;
     document.getElementById("paid").textContent = saves > 0
-      ? `In the teacher's place, ${small.storing ? "the storing of its outputs and the student's training are" : "the student's training is"} paid back after ${span(when)} ${at}, or ${write(Math.round(extra / (saves / requests)))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
+      ? `In the teacher's place, ${small.storing ? "the storing of its outputs and the student's training are" : "the student's training is"} paid back after ${span(when)} ${at}, or ${count(extra / (saves / requests))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
       : `It is never paid back by serving ${at}: they take ${time(small.seconds)} of computing a day with ${small.title}, and ${time(large.seconds)} with the teacher.`;
     const top = Math.max(...lines.map((l) => l.once + l.daily * days)) || 1;
     const x = (d) => L + d / days * (W - L - R), y = (c) => H - B - c / top * (H - T - B);
