@@ -23,7 +23,7 @@ from kd_lightning.durable_files import write_atomically
 from kd_lightning.pipeline.folder import FinishedStage
 from kd_lightning.pipeline.knowledge import thinned
 from kd_lightning.pipeline.report_groups import of_answers
-from kd_lightning.pipeline.report_tasks import of_outputs
+from kd_lightning.pipeline.report_tasks import Distilled, of_outputs
 from kd_lightning.pipeline.soft_outputs import soft_outputs
 from kd_lightning.quantization import quantized_layers
 from kd_lightning.records import Verdict, strict
@@ -142,8 +142,10 @@ def _of_networks(
         return {}
     key = verdict.distilled
     chosen = shown[key][0].training if key is not None and key in shown else None
-    losses = chosen.losses() if chosen is not None else {}
-    found = of_outputs(task, outputs, data, verdict.models[key].temperature if key is not None else None, losses, key)
+    temperature = verdict.models[key].temperature if key is not None else None
+    begun_at = temperature[0] if isinstance(temperature, tuple) else temperature
+    distilled = Distilled(key, chosen.losses() if chosen is not None else {}, begun_at)
+    found = of_outputs(task, outputs, data, distilled)
     looked_at = {"units": outputs.units, "of": outputs.total, "seconds": time.perf_counter() - begun}
     return {**found, "looked_at": looked_at} if found else {}
 

@@ -6,7 +6,7 @@ any ``functools.singledispatch``.
 
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,35 +31,37 @@ from kd_lightning.tasks import (
 
 _MOST_SHOWN_CLASSES = 12
 Array = NDArray[Any]
-Temperature = float | tuple[float, float] | None
+
+
+class Distilled(NamedTuple):
+    """The distilled student that the verdict is about.
+
+    Attributes:
+        key: Among the outputs' models; None where there is none.
+        losses: By name.
+        temperature: At which its training began.
+    """
+
+    key: str | None = None
+    losses: Mapping[str, Any] = {}
+    temperature: float | None = None
 
 
 @singledispatch
-def of_outputs(
-    task: Task, outputs: SoftOutputs, data: Data, temperature: Temperature, losses: Mapping[str, Any], key: str | None
-) -> dict[str, Any]:
+def of_outputs(task: Task, outputs: SoftOutputs, data: Data, distilled: Distilled) -> dict[str, Any]:
     """Return what the outputs of teacher and students show: nothing of an unknown task.
 
     Args:
         task: Says what outputs are.
         outputs: Of the same test units, by model.
         data: Shows the units.
-        temperature: At which the distilled student was trained.
-        losses: Of the distilled student, by name.
-        key: Of the distilled student among the outputs' models.
+        distilled: The student that the verdict is about.
     """
     return {}
 
 
 @of_outputs.register
-def _(
-    task: Classification,
-    outputs: SoftOutputs,
-    data: Data,
-    temperature: Temperature,
-    losses: Mapping[str, Any],
-    key: str | None,
-) -> dict[str, Any]:
+def _(task: Classification, outputs: SoftOutputs, data: Data, distilled: Distilled) -> dict[str, Any]:
     target = outputs.target
     if target is None or len({of.shape for several in outputs.logits.values() for of in several}) != 1:
         return {}  # other numbers of classes
@@ -75,28 +77,21 @@ def _(
     names = _class_names(task, classes, labels, data, shows)
     found: dict[str, Any] = {"classes": names, "places": len(labels)}
     found |= _structure(logits, labels, names)
-    used = temperature[0] if isinstance(temperature, tuple) else temperature
-    found["temperature"] = _temperature(logits, labels, used, losses, key)
+    found["temperature"] = _temperature(logits, labels, distilled)
     where = np.argwhere(known.reshape(target.shape[: every["teacher"][0].ndim - 1]))
     if isinstance(task, Segmentation):
         maps = {name: _last(several[0]) for name, several in outputs.logits.items()}
-        found["examples"] = of_images(maps, as_classes(target), outputs.batches, shows, key)
+        found["examples"] = of_images(maps, as_classes(target), outputs.batches, shows, distilled.key)
     else:
         first = {name: several[0] for name, several in logits.items()}
         texts = isinstance(task, TokenClassification)
+        key, _, used = distilled
         found["examples"] = of_classes(first, labels, where, outputs.batches, shows, used, key, texts)
     return found
 
 
 @of_outputs.register
-def _(
-    task: MultiLabel,
-    outputs: SoftOutputs,
-    data: Data,
-    temperature: Temperature,
-    losses: Mapping[str, Any],
-    key: str | None,
-) -> dict[str, Any]:
+def _(task: MultiLabel, outputs: SoftOutputs, data: Data, distilled: Distilled) -> dict[str, Any]:
     target = outputs.target
     if target is None:
         return {}
@@ -111,42 +106,29 @@ def _(
     shows = Shows(data.module)
     classes = list(data.class_names or map(str, range(target.shape[1])))
     first = {name: several[0] for name, several in outputs.logits.items()}
-    examples = of_labels(first, target, outputs.batches, shows, key)
-    used = temperature[0] if isinstance(temperature, tuple) else temperature
+    examples = of_labels(first, target, outputs.batches, shows, distilled.key)
     yes = first["teacher"][known]
-    soft = {"used": used, **knowledge.over_temperatures(np.stack([yes, np.zeros_like(yes)], -1))}  # yes or no, of each
+    yes_or_no = np.stack([yes, np.zeros_like(yes)], -1)
+    soft = {"used": distilled.temperature, **knowledge.over_temperatures(yes_or_no)}  # of each label
     found = {"classes": classes, "places": int(known.sum()), "calibration": calibrations, "examples": examples}
     return {**found, "temperature": soft}
 
 
 @of_outputs.register
-def _(
-    task: Regression,
-    outputs: SoftOutputs,
-    data: Data,
-    temperature: Temperature,
-    losses: Mapping[str, Any],
-    key: str | None,
-) -> dict[str, Any]:
+def _(task: Regression, outputs: SoftOutputs, data: Data, distilled: Distilled) -> dict[str, Any]:
     target = outputs.target
     if target is None:
         return {}
     std, mean = (float(getattr(data.module, f"target_{name}", x)) for name, x in (("std", 1.0), ("mean", 0.0)))
     values = {name: several[0] * std + mean for name, several in outputs.logits.items()}
-    return of_values(values, task.target_of(torch.from_numpy(target)).numpy() * std + mean, outputs.batches, data, key)
+    target = task.target_of(torch.from_numpy(target)).numpy() * std + mean
+    return of_values(values, target, outputs.batches, data, distilled.key)
 
 
 @of_outputs.register
-def _(
-    task: Embedding,
-    outputs: SoftOutputs,
-    data: Data,
-    temperature: Temperature,
-    losses: Mapping[str, Any],
-    key: str | None,
-) -> dict[str, Any]:
+def _(task: Embedding, outputs: SoftOutputs, data: Data, distilled: Distilled) -> dict[str, Any]:
     first = {name: several[0] for name, several in outputs.logits.items()}
-    examples = of_neighbours(first, outputs.batches, Shows(data.module), key)
+    examples = of_neighbours(first, outputs.batches, Shows(data.module), distilled.key)
     return {"examples": examples} if examples else {}
 
 
@@ -218,13 +200,8 @@ def _structure(logits: Mapping[str, Sequence[Array]], labels: Array, names: Mapp
     }
 
 
-def _temperature(
-    logits: Mapping[str, Sequence[Array]],
-    labels: Array,
-    used: float | None,
-    losses: Mapping[str, Any],
-    key: str | None,
-) -> dict[str, Any]:
+def _temperature(logits: Mapping[str, Sequence[Array]], labels: Array, distilled: Distilled) -> dict[str, Any]:
+    key, losses, used = distilled
     teacher = logits["teacher"][0]
     found: dict[str, Any] = {"used": used, **knowledge.over_temperatures(teacher)}
     soft = next((loss for loss in losses.values() if type(loss) is KD and not loss.standardize), None)

@@ -10,7 +10,7 @@ from kd_lightning.data.contract import Data
 from kd_lightning.losses import KD, HardLabel
 from kd_lightning.pipeline.compare import compare
 from kd_lightning.pipeline.knowledge import thinned
-from kd_lightning.pipeline.report_tasks import of_outputs
+from kd_lightning.pipeline.report_tasks import Distilled, of_outputs
 from kd_lightning.pipeline.soft_outputs import SoftOutputs
 from kd_lightning.records import strict
 from kd_lightning.report.verdict_json import as_dict
@@ -90,7 +90,7 @@ def drawn(task: Any, inputs: torch.Tensor, target: torch.Tensor, shape: tuple[in
     batches = [Batch((x,), {}, y) for x, y in ((inputs[:cut], target[:cut]), (inputs[cut:], target[cut:]))]
     outputs = SoftOutputs(batches, logits, len(inputs), 100)
     losses = {"kd": KD(temperature=4.0, weight=0.9), "hard_label": HardLabel(weight=0.1)}
-    found = of_outputs(task, outputs, Data(data), 4.0, losses, "distilled")
+    found = of_outputs(task, outputs, Data(data), Distilled("distilled", losses, 4.0))
     return {**found, "looked_at": {"units": len(inputs), "of": 100, "seconds": 0.1}} if found else {}
 
 
