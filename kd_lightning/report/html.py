@@ -1,5 +1,6 @@
 """``report.html``: one file without a network, made from ``report.json`` alone."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -68,12 +69,18 @@ def _by(facts: Facts) -> str:
     return {"class": "Per class", "text": "Per text", "target": "By target"}.get(by or "", "How sure, how right")
 
 
+def _unbroken(value: Any) -> Any:
+    """Keep a number and its per cent sign in one line."""
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", value) if type(value) is str else value
+
+
 @cache
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("kd_lightning.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_unbroken,
         trim_blocks=True,
         lstrip_blocks=True,
     )
