@@ -157,7 +157,7 @@ def _costs(facts: Facts) -> dict[str, Any] | None:
     teacher, alone = facts.seconds("teacher"), facts.seconds("student") if "student" in facts.models else 0.0
     paid = {
         "training the teacher": teacher,
-        "storing its outputs": storing,
+        "storing the teacher's outputs": storing,
         "distilling the student": facts.seconds(key),
         f"making {served} of it": further,
         "training the student alone, to compare with": alone,

@@ -136,7 +136,8 @@ def _price(facts: Facts) -> Card:
     teacher = facts.seconds("teacher") if "teacher" in facts.models else 0.0
     storing = facts.storing(key)
     before = [f"{duration(teacher)} for the teacher"] if teacher else []
-    before += [f"{duration(storing)} for storing its outputs"] if storing else []
+    whose = "its" if teacher else "the teacher's"
+    before += [f"{duration(storing)} for storing {whose} outputs"] if storing else []
     if before:
         spent += f", after {' and '.join(before)}"
     said = f"{spent}. {serving(facts)} {_paid_back(facts)}"

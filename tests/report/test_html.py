@@ -172,7 +172,7 @@ def test_storing_the_teachers_outputs_is_part_of_the_price() -> None:
     assert "after 60 s for the teacher and 5.0 s for storing its outputs." in price.why
     assert "78,100 requests make up for the storing and the student's training, 25 s" in price.why
     shown = Page(render(of))
-    assert "storing its outputs5.0 s" in shown.sections["verdict"]
+    assert "storing the teacher's outputs5.0 s" in shown.sections["verdict"]
     assert "without storing" not in shown.sections["verdict"]
     assert "storing" not in page().sections["verdict"]
 
