@@ -147,7 +147,7 @@ class Pipeline:
             tracking = Tracking(self.make_logger, self.name, self.config, own, self.sweep)
             size = "size_mb" if self.quantized is None else "file_mb"
             shown = [f"final/{name}" for name in ("agreement", "retention", size, "latency_ms_p50")]
-            tracking.share_views(self.task.headline.key, shown)
+            tracking.share_views(self.task.headline.key, shown, not self.task.headline.higher_is_better)
             try:
                 finished, stages = self._run_stages(tracking)
                 if not is_rank_zero():

@@ -91,16 +91,19 @@ class Tracking:
         found = self._parent.run_id if self._parent else None
         return found if found != self.run_id else None
 
-    def share_views(self, headline: str, figures: Sequence[str]) -> None:
+    def share_views(self, headline: str, figures: Sequence[str], lower_is_better: bool) -> None:
         """Have MLflow show the runs side by side, and the pipelines of a sweep.
 
         Args:
             headline: Its key.
             figures: Metrics that are columns, beside it.
+            lower_is_better: Of the headline.
         """
         self.log(self.run_id, "comparison", headline=headline, figures=figures)
         if self._sweep is not None:
-            self._sweep.journal.write("sweep", headline=headline, parameters=self._swept)
+            self._sweep.journal.write(
+                "sweep", headline=headline, parameters=self._swept, lower_is_better=lower_is_better
+            )
 
     def places(self) -> list[str]:
         """Say where the views are, one to a line; nothing where no store has them."""

@@ -71,14 +71,17 @@ def comparison(client: Any, run_id: str, *, headline: str, figures: Sequence[str
     _share(client, run_id, _state(f"tags.`kd.pipeline` = '{run_id}'", tags=tags, metrics=metrics, cards=cards))
 
 
-def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str]) -> None:
+def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str], lower_is_better: bool = False) -> None:
     """Share the view that compares the pipelines of a sweep, in parallel coordinates too; again it is replaced.
+
+    The best comes first. By time the page would show the sweep's run alone, with its pipelines folded in.
 
     Args:
         client: MLflow's.
         run_id: The sweep's run.
         headline: Its key.
         parameters: What differs between them: names of parameters.
+        lower_is_better: Of the headline.
     """
     metrics = [f"final/{headline}", "final/agreement", "final/retention", "final/gap_closed"]
     parallel = _card("PARALLEL", "final", 0) | {
@@ -88,7 +91,7 @@ def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str])
     }
     cards = [parallel, *map(_bar, metrics)]
     state = _state(f"tags.`kd.pipeline` = '{run_id}'", parameters=parameters, metrics=metrics, cards=cards)
-    _share(client, run_id, {**state, "orderByKey": "attributes.start_time"})
+    _share(client, run_id, {**state, "orderByKey": f"metrics.`{metrics[0]}`", "orderByAsc": lower_is_better})
 
 
 def place(what: str, tracking_uri: str, experiment_id: str, run_id: str) -> str:

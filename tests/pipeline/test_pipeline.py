@@ -114,8 +114,10 @@ def test_a_sweep_trains_the_teacher_once(finished, tmp_path: Path) -> None:
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep.info.run_id[:12]}"])
     (parallel,) = (card for card in view["compareRunCharts"] if card["type"] == "PARALLEL")
     assert parallel["selectedParams"] == ["sweep/losses.kd.temperature"]
-    found = client.search_runs([experiment.experiment_id], view["searchFilter"])
-    assert {run.info.run_id for run in found} == {job.info.run_id for job in jobs}
+    order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+    found = client.search_runs([experiment.experiment_id], view["searchFilter"], order_by=[order])
+    best_first = sorted(jobs, key=lambda job: job.data.metrics["final/acc"], reverse=True)
+    assert [run.info.run_id for run in found] == [job.info.run_id for job in best_first]
     assert all(name in job.data.metrics for name in parallel["selectedMetrics"] for job in jobs)
 
 

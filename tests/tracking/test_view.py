@@ -8,7 +8,7 @@ import mlflow.cli
 import pytest
 from mlflow import MlflowClient
 
-from kd_lightning.tracking.view import EXPERIMENT_TAGS, address, comparison, look, open_as_training, place
+from kd_lightning.tracking.view import EXPERIMENT_TAGS, address, comparison, look, open_as_training, place, sweep
 
 KIND = "mlflow.experimentKind"
 
@@ -56,6 +56,18 @@ def test_a_view_is_kept_once_and_fits_a_tag(store: Path) -> None:
     sections = [section["uuid"] for section in view["compareRunSections"]]
     assert sections == ["final", "training"]
     assert {card["metricSectionId"] for card in view["compareRunCharts"]} == set(sections)
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_the_best_pipeline_of_a_sweep_comes_first_and_none_is_folded_into_the_sweep(
+    store: Path, lower_is_better: bool
+) -> None:
+    client = MlflowClient(f"sqlite:///{store}")
+    run = client.create_run(client.create_experiment("sweeps"))
+    sweep(client, run.info.run_id, headline="x", parameters=["sweep/T"], lower_is_better=lower_is_better)
+    (text,) = client.get_experiment(run.info.experiment_id).tags.values()
+    view = json.loads(text)
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`final/x`", lower_is_better)  # by time it folds them
 
 
 @pytest.mark.parametrize(
