@@ -1,9 +1,9 @@
 """What a command found, kept beside its pipeline: where nothing has changed, the same command says it again at once.
 
-Nothing has changed where the resolved configuration and the files it was composed of, the installed packages, this
-package's files and a user's modules, the files of the data, and the files of the stages are as they were: by size and
-times, so that a file that was written again counts as another. In doubt the pipeline runs, which reuses its stages by
-what they depend on, and takes longer. PyTorch is not imported: that alone would take longer than the answer.
+Nothing has changed where the resolved configuration and the files it was composed of, the installed packages, the
+environment, this package's files and a user's modules, the files of the data and those of the stages are as they were
+(:mod:`kd_lightning.watched_files`), and the store has all of the runs. In doubt the pipeline runs, which reuses its
+stages by what they depend on, and takes longer. PyTorch is not imported: that alone would take longer than the answer.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
@@ -31,22 +31,18 @@ from kd_lightning.report.words import Words
 from kd_lightning.tracking.calls import within
 from kd_lightning.tracking.sqlite import sqlite_file
 from kd_lightning.tracking.store import named_store, plain_client
+from kd_lightning.watched_files import Watched, is_older, look, state_of
 
 _PACKAGE = Path(__file__).parent
 _STANDARD = sysconfig.get_paths()["stdlib"]
-_ENVIRONMENT = re.compile(r"(MLFLOW|CUDA|OMP|MKL|ORT|OPENVINO|TORCH|PYTORCH|PL|HF|TRANSFORMERS)_")
-"""Variables of the environment on which a run may depend."""
-_NOT_LOOKED_AT = re.compile(r"\..*|__pycache__|lock|owner|shipped\.json|answer-\w+\.json|.*\.pyc")
-_CONFIGURATIONS = "*.yaml"
-_NO_CONFIGURATIONS = re.compile(
-    rf"{_NOT_LOOKED_AT.pattern}|site-packages|node_modules|mlruns|mlartifacts|outputs|multirun"
+_OF_TERMINAL = re.compile(
+    r"_|SHLVL|(OLD)?PWD|TERM(_.*)?|COLORTERM|COLUMNS|LINES|LS_COLORS|DISPLAY|WINDOWID|.*_SESSION_(ID|BUS_ADDRESS)|STY"
+    r"|INVOCATION_ID|JOURNAL_STREAM|(TMUX|SSH|VSCODE|GNOME|KITTY|WT|PYTEST|KD)(_.*)?"
 )
-"""What is not looked through for configurations, where a whole project is their folder."""
+"""Variables of the environment on which no run depends."""
+_RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 _KNOWN = ("kd_lightning.", "torch.", "torchmetrics.", "lightning.", "functools.", "builtins.")
-_READS_ELSEWHERE = "kd_lightning.models.hugging_face"  # a hub's cache
-_MOST_FILES = 20_000
-_CLOCK_NS = 50_000_000
-"""By how much the time of a file may lag behind the clock."""
+_READ_ELSEWHERE = ("kd_lightning.models.hugging_face", "torch.hub.")  # a hub's cache
 _STORE_SECONDS = 4.0
 
 
@@ -56,12 +52,14 @@ class Question:
 
     Attributes:
         key: Hash of the configuration, and of the packages, environment and processor that it meets.
-        watched: Files and folders that it depends on, but for the data and the stages.
+        work_dir: Where the answer may be.
+        watched: What it depends on, but for the data and the stages.
         since: When the process began, in ns since 1970.
     """
 
     key: str
-    watched: tuple[str, ...]
+    work_dir: Path
+    watched: Watched
     since: int
 
 
@@ -77,7 +75,8 @@ class Answer:
         report: ``report.html``.
         places: Where MLflow shows the runs, a line each.
         store: Which has the runs, as their journal names it; None for none.
-        run_id: Of the parent run in it.
+        experiment: Its id in the store.
+        runs: Their ids in the store.
         at: When it was found, as people write it.
     """
 
@@ -87,16 +86,10 @@ class Answer:
     verdict: str
     report: str
     places: tuple[str, ...]
-    store: str | None
-    run_id: str | None
+    store: str | None = None
+    experiment: str | None = None
+    runs: tuple[str, ...] = ()
     at: str = ""
-
-
-class _File(NamedTuple):
-    path: str
-    size: int
-    modified: int
-    changed: int
 
 
 def question(
@@ -104,8 +97,8 @@ def question(
 ) -> Question | None:
     """Return what a command asks; None for what has to run to be known.
 
-    That is a process of a distributed training, and a configuration with a part of another package, or a network from
-    a hub, which may read what nobody knows.
+    That is a process of a distributed training, what is to be registered in MLflow, and a configuration of which
+    something may read what nobody knows (:func:`is_known`).
 
     Args:
         config: Resolved.
@@ -113,41 +106,72 @@ def question(
         folders: Where its files are.
         since: When the process began, in ns since 1970.
     """
-    strings = list(_strings(config))
-    targets = [value for name, value in strings if name == "_target_"]
-    work_dir = config.get("work_dir")
-    if "LOCAL_RANK" in os.environ or not isinstance(work_dir, str) or not all(map(_is_known, targets)):
+    work_dir, logger = config.get("work_dir"), config.get("logger")
+    registers = isinstance(logger, Mapping) and logger.get("register") is not None
+    if _is_rank() or not isinstance(work_dir, str) or registers or not is_known(config):
         return None
     asked = {
         "config": config,
         "overrides": list(overrides),
-        "environment": {name: value for name, value in os.environ.items() if _ENVIRONMENT.match(name)},
+        "environment": {name: value for name, value in os.environ.items() if not _OF_TERMINAL.fullmatch(name)},
         "python": [sys.version, sys.path, os.getcwd()],
         "packages": sorted(_packages()),
         "processor": [*_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None],
     }
-    named = {value for _, value in strings if value and len(value) < 4096 and "\n" not in value and _is_there(value)}
-    inputs = sorted(name for name in named if not Path(work_dir).absolute().is_relative_to(Path(name).absolute()))
     return Question(
         key=hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest(),
-        watched=(str(_PACKAGE), *(f"{folder}/{_CONFIGURATIONS}" for folder in sorted(set(folders))), *inputs),
+        work_dir=Path(work_dir),
+        watched=Watched((str(_PACKAGE),), tuple(sorted(set(folders))), tuple(named_paths(config, Path(work_dir)))),
         since=since,
     )
 
 
-def find(work_dir: Path, asked: Question) -> Answer | None:
-    """Return what the same command found; None where something has changed, or its run is not in the store."""
-    for file in work_dir.glob(f"pipeline-*/{_name(asked)}"):
+def is_known(config: Any) -> bool:
+    """Tell whether a configuration names all that its parts read, or they are a user's own modules.
+
+    A part of another package, a network from a hub, and a teacher that comes with its weights from a user's function
+    may read what nobody knows.
+    """
+    strings = list(_strings(config))
+    targets = [value for name, value in strings if name == "_target_"]
+    own = [target for target in targets if not target.startswith(_KNOWN)]
+    if any(target.startswith(_READ_ELSEWHERE) for target in targets) or not all(map(_is_own_module, own)):
+        return False
+    return not own or all(value != "pretrained" for _, value in strings)
+
+
+def named_paths(config: Any, work_dir: Path) -> list[str]:
+    """Return the files and folders that a configuration names, but for those that hold what pipelines write."""
+    strings = {value for _, value in _strings(config) if 0 < len(value) < 4096}
+    written = work_dir.absolute()
+    return sorted(name for name in strings if _is_there(name) and not written.is_relative_to(Path(name).absolute()))
+
+
+def existing(paths: Any) -> list[str]:
+    """Return what a data module says that it reads.
+
+    Raises:
+        ValueError: For something else than paths of files and folders that are there.
+    """
+    if not isinstance(paths, list | tuple) or not all(Path(path).exists() for path in paths):
+        raise ValueError(f"expected sources() of the data module to be paths of what is there, got {paths!r}")
+    return [str(path) for path in paths]
+
+
+def find(asked: Question) -> Answer | None:
+    """Return what the same command found; None where something has changed, or the store lacks one of its runs."""
+    for file in asked.work_dir.glob(f"pipeline-*/{_name(asked)}"):
         try:
             content = unseal(file.read_bytes())
-            fields = dict(content["answer"])
-            tables = tuple(Table(*map(_as_tuple, table)) for table in fields.pop("tables"))
-            found = Answer(tables=tables, words=Words(*map(_as_tuple, fields.pop("words"))), **fields)
-            watched, state = content["watched"], content["state"]
+            fields = {key: _as_tuple(value) for key, value in content["answer"].items()}
+            tables = tuple(Table(*table) for table in fields.pop("tables"))
+            found = Answer(tables=tables, words=Words(*fields.pop("words")), **fields)
+            watched, state = Watched(*map(tuple, content["watched"])), content["state"]
         except (ValueError, KeyError, TypeError, OSError):
             continue  # of another version
-        if _state([*asked.watched, *watched]) == state and _is_in_store(found, file.parent):
-            return replace(found, places=tuple(found.places))
+        entries = look(asked.watched.plus(watched))
+        if entries is not None and state_of(entries) == state and _is_in_store(found, file.parent):
+            return found
     return None
 
 
@@ -166,32 +190,43 @@ def say_again(answer: Answer, console: Console, *, quiet: bool = False, as_json:
         print_places(answer.report, answer.places, console)
 
 
-def keep(folder: Path, asked: Question, answer: Answer, sources: Iterable[Path], stages: Iterable[Path]) -> None:
+def keep(
+    folder: Path, asked: Question, answer: Answer, code: Iterable[str], inputs: Iterable[str], stages: Iterable[Path]
+) -> None:
     """Keep an answer, unless what it depends on was written since the command began.
 
     Args:
         folder: Of the pipeline.
         asked: By the command.
         answer: What it found.
-        sources: Files and folders that the data is read from.
+        code: Files of a user's modules, beside those that were imported.
+        inputs: Files and folders that the data is read from, and others that are named.
         stages: Folders of all that was trained and stored.
     """
-    inputs = [*_own_modules(), *sorted({str(path) for path in sources})]
-    files = _look([*asked.watched, *inputs])
-    if files is None or any(max(file.modified, file.changed) > asked.since - _CLOCK_NS for file in files):
+    own = Watched(code=tuple(sorted({*_own_modules(), *code})), inputs=tuple(sorted(set(inputs))))
+    written = Watched(code=tuple(sorted({str(path) for path in (folder, *stages)})))
+    before = look(asked.watched.plus(own))
+    if before is None or not is_older(before, asked.since):
         return
-    watched = [*inputs, *sorted({str(path) for path in (folder, *stages)})]
-    state = _state([*asked.watched, *watched])
-    if state is not None:
-        at = time.strftime("%Y-%m-%d %H:%M")
-        content = {"answer": asdict(replace(answer, at=at)), "watched": watched, "state": state}
-        for older in folder.glob("answer-*.json"):
-            older.unlink(missing_ok=True)
-        write_atomically(folder / _name(asked), seal(content).encode())
+    entries = look(asked.watched.plus(own).plus(written))
+    if entries is None or not {*before} <= {*entries}:  # written meanwhile
+        return
+    content = {
+        "answer": asdict(replace(answer, at=time.strftime("%Y-%m-%d %H:%M"))),
+        "watched": list(own.plus(written)),
+        "state": state_of(entries),
+    }
+    for older in folder.glob("answer-*.json"):
+        older.unlink(missing_ok=True)
+    write_atomically(folder / _name(asked), seal(content).encode())
 
 
 def _name(asked: Question) -> str:
     return f"answer-{asked.key[:12]}.json"
+
+
+def _is_rank() -> bool:
+    return any(name in os.environ for name in _RANKS) or os.environ.get("SLURM_NTASKS", "1") != "1"
 
 
 def _as_tuple(value: Any) -> Any:
@@ -210,15 +245,10 @@ def _strings(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, part
 
 
-def _is_known(target: str) -> bool:
-    """Tell whether all that a part reads is named by the configuration, or its modules are a user's own."""
-    return not target.startswith(_READS_ELSEWHERE) and (target.startswith(_KNOWN) or _is_own_module(target))
-
-
 def _is_own_module(target: str) -> bool:
     top = target.partition(".")[0]
     folders = [Path(entry or ".") for entry in sys.path if not _is_installed(entry)]
-    return any((folder / top).is_dir() or (folder / f"{top}.py").is_file() for folder in folders)
+    return any((folder / top / "__init__.py").is_file() or (folder / f"{top}.py").is_file() for folder in folders)
 
 
 def _own_modules() -> list[str]:
@@ -248,7 +278,8 @@ def _packages() -> Iterator[str]:
         except OSError:
             continue
         for item in found:
-            yield f"{item.name} {item.stat().st_mtime_ns}"
+            with suppress(OSError):  # a link that leads nowhere
+                yield f"{item.name} {item.stat().st_mtime_ns}"
 
 
 def _processor() -> tuple[str, ...]:
@@ -260,59 +291,19 @@ def _processor() -> tuple[str, ...]:
     return tuple(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _files(path: str, skipped: re.Pattern[str] = _NOT_LOOKED_AT) -> Iterator[_File]:
-    """Return a file, or all those of a folder; a file that is not there, with a size of -1."""
-    if not os.path.isdir(path):
-        try:
-            found = os.stat(path)
-        except OSError:
-            yield _File(path, -1, 0, 0)
-        else:
-            yield _File(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        return
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not skipped.fullmatch(name))
-        for name in sorted(files):
-            if not skipped.fullmatch(name):
-                yield from _files(os.path.join(folder, name))
-
-
-def _look(paths: Iterable[str]) -> list[_File] | None:
-    """Look at the files, and at the configurations in folders; None for more than can be looked at in a moment."""
-    found, seen = list[_File](), 0
-    for path in paths:
-        folder = path.removesuffix(f"/{_CONFIGURATIONS}")
-        all_of_it = folder == path
-        for file in _files(folder, _NOT_LOOKED_AT if all_of_it else _NO_CONFIGURATIONS):
-            seen += 1
-            if seen > _MOST_FILES:
-                return None
-            if all_of_it or file.path.endswith(".yaml"):
-                found.append(file)
-    return found
-
-
-def _state(paths: Iterable[str]) -> str | None:
-    """Hash what the files are by size and times; None for more than can be looked at in a moment."""
-    files = _look(paths)
-    return None if files is None else hashlib.sha256(repr(files).encode()).hexdigest()
-
-
 def _is_in_store(answer: Answer, folder: Path) -> bool:
-    """Tell whether the store still has the run, where one has it at all."""
+    """Tell whether the store still has all of the runs, where it has to."""
     if answer.store is None:
         return True
-    if answer.run_id is None:
-        return False
-    try:
-        uri = named_store(answer.store, folder)
-        file = sqlite_file(uri)
-        if file is None:
-            run = within(_STORE_SECONDS, lambda: plain_client(uri).get_run(answer.run_id))
-            return bool(run.info.lifecycle_stage == "active")
-        address = f"file:{quote(str(file.absolute()))}?mode=ro"
-        with closing(sqlite3.connect(address, uri=True, timeout=_STORE_SECONDS)) as connection:
-            query = "SELECT lifecycle_stage FROM runs WHERE run_uuid = ?"
-            return bool(connection.execute(query, (answer.run_id,)).fetchone() == ("active",))
-    except Exception:  # whatever it is, the pipeline runs, and says it
-        return False
+    uri = named_store(answer.store, folder)
+    file = sqlite_file(uri)
+    if file is None:
+        client, names = plain_client(uri), ", ".join(f"'{run}'" for run in answer.runs)
+        query, count = f"attributes.run_id IN ({names})", len(answer.runs)
+        found = within(_STORE_SECONDS, lambda: client.search_runs([answer.experiment], query, max_results=count))
+        return len(found) == count
+    address = f"file:{quote(str(file.absolute()))}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=_STORE_SECONDS)) as connection:
+        marks = ", ".join("?" * len(answer.runs))
+        query = f"SELECT count(*) FROM runs WHERE lifecycle_stage = 'active' AND run_uuid IN ({marks})"
+        return bool(connection.execute(query, answer.runs).fetchone() == (len(answer.runs),))

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 import kd_lightning
@@ -93,8 +92,11 @@ def _hydra_main(config: DictConfig) -> float | None:
     overrides, sweep = _overrides(), _sweep()
     flags = _flags()
     quiet, as_json = "quiet" in flags, "json" in flags
-    asked = _asked(config, overrides) if sweep is None else None
-    answer = find(Path(config.work_dir), asked) if asked is not None else None
+    asked = answer = None
+    if sweep is None:
+        with suppress(Exception):  # the pipeline runs, and says it
+            asked = _asked(config, overrides)
+            answer = find(asked) if asked is not None else None
     if answer is not None:
         say_again(answer, Console(width=None if sys.stdout.isatty() else 100), quiet=quiet, as_json=as_json)
         return answer.objective
@@ -109,10 +111,7 @@ def _asked(config: DictConfig, overrides: list[str]) -> "Question | None":
     """Return what the command asks; None where it has to run to be known."""
     from kd_lightning.answers import question
 
-    try:
-        resolved = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException:  # which the pipeline says
-        return None
+    resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     sources = HydraConfig.get().runtime.config_sources
     folders = [source.path for source in sources if source.schema == "file" and source.path]

@@ -90,6 +90,7 @@ TELLS = frozenset(
         "tracking/sync.py",
         "tracking/system.py",
         "tracking/view.py",
+        "watched_files.py",
     }
 )
 """Files of this package that no stage's outcome depends on."""
@@ -144,6 +145,11 @@ def hashes_of(config: Any, functions: Iterable[Callable[..., Any] | None] = ()) 
         elif (version := getattr(sys.modules.get(top), "__version__", None)) is not None:
             found[f"{top} version"] = str(version)
     return found
+
+
+def files_read() -> list[str]:
+    """Return the files of a user's modules, and others, that :func:`hashes_of` has read in this process."""
+    return sorted({str(file) for name in _sources if (file := _file(name)) is not None})
 
 
 def _hash_of_tree(tree: ast.AST) -> str:

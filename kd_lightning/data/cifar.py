@@ -66,7 +66,7 @@ class CIFAR(ImageData):
         self.download, self.augment = download, augment
         self.validation, self.split_seed = validation, split_seed
 
-    def sources(self) -> Sequence[Path]:
+    def files_read(self) -> Sequence[Path]:
         return [self.file]
 
     def prepare_data(self) -> None:

@@ -219,9 +219,9 @@ class Completions(RoleData):
             if not file.is_file():
                 raise ValueError(f"there is no file of completions {file}: data.files=[a.jsonl], relative to here")
 
-    def sources(self) -> Sequence[Path] | None:
-        own, texts = super().sources(), self.texts.sources()
-        return None if own is None or texts is None else [*own, *texts, *self.files]
+    def files_read(self) -> Sequence[Path] | None:
+        texts = self.texts.sources()
+        return None if texts is None else [*texts, *self.files]
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -89,7 +89,7 @@ class FashionMNIST(SplitData, ImageData):
         self.folder, self.whole = folder, whole or folder is not None
         self.split_seed = split_seed
 
-    def sources(self) -> Sequence[Path]:
+    def files_read(self) -> Sequence[Path]:
         return self._whole_set() if self.whole else ()
 
     def prepare_data(self) -> None:

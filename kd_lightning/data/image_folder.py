@@ -79,7 +79,7 @@ class ImageFolder(ImageData):
                 differing = ", ".join(sorted(set(_classes(other)) ^ set(self.class_names))[:5])
                 raise ValueError(f"{other} has other classes than train: {differing} in one of the two only")
 
-    def sources(self) -> Sequence[Path]:
+    def files_read(self) -> Sequence[Path]:
         return [self.folder]
 
     def load_subsets(self) -> dict[str, "_Files"]:

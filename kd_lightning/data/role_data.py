@@ -82,7 +82,12 @@ class RoleData(LightningDataModule):
 
     def sources(self) -> Sequence[Path] | None:
         """Return the files and folders that it reads, beyond those of this package; None where it does not say."""
-        return () if type(self).__module__.startswith(__package__.partition(".")[0]) else None
+        own = type(self).__module__.partition(".")[0] == __package__.partition(".")[0]
+        return self.files_read() if own else None  # a subclass may read others
+
+    def files_read(self) -> Sequence[Path] | None:
+        """Return those of a module of this package; None where its parts do not say."""
+        return ()
 
     def digests(self) -> dict[str, tuple[str, int]]:
         """Return hash and number of the samples of each split that this role sees, as MLflow shows them."""

@@ -109,10 +109,8 @@ class TextData(RoleData):
         self.eval_blocks = eval_blocks
         self._tokenizer: Tokenizer | None = None
 
-    def sources(self) -> Sequence[Path] | None:
-        found = super().sources()
-        files = () if self.tokens in ("characters", "bytes") else (Path(self.tokens),)
-        return None if found is None else [*found, *files]
+    def files_read(self) -> list[Path]:
+        return [] if self.tokens in ("characters", "bytes") else [Path(self.tokens)]
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Return the documents by role: ``teacher``, ``student``, ``validation``, ``test``."""
@@ -222,10 +220,9 @@ class TextFiles(TextData):
                     f"there is no text file {file}: data.files=[a.txt,b.txt] names files, relative to here"
                 )
 
-    def sources(self) -> Sequence[Path] | None:
-        own = super().sources()
+    def files_read(self) -> list[Path]:
         by_role = self.files.values() if isinstance(self.files, Mapping) else [self.files]
-        return None if own is None else [*own, *(Path(file) for files in by_role for file in files)]
+        return [*super().files_read(), *(Path(file) for files in by_role for file in files)]
 
     def documents(self) -> dict[str, list[str]]:
         if isinstance(self.files, Mapping):

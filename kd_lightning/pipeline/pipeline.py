@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from kd_lightning.answers import Answer, Question, keep
+from kd_lightning.answers import Answer, Question, existing, is_known, keep, named_paths
 from kd_lightning.data.contract import Data, make_data
 from kd_lightning.durable_files import remove_leftovers
 from kd_lightning.export.batches import part
@@ -38,6 +38,7 @@ from kd_lightning.report.table import temperature
 from kd_lightning.report.terminal import print_places, print_verdict, tables_of
 from kd_lightning.report.verdict_json import VERDICT, write_verdict
 from kd_lightning.report.words import say
+from kd_lightning.source_code import files_read
 from kd_lightning.tasks import Batch, Task
 from kd_lightning.tasks.base import in_a_row
 from kd_lightning.tracking.journal import now
@@ -161,7 +162,10 @@ class Pipeline:
             places = tracking.places()
             print_places(page, places, self.console)
             if self.asked is not None and verdict is not None and page is not None and alone:
-                self._keep_answer(self.asked, verdict, page, places, tracking, folder, stages)
+                try:
+                    self._keep_answer(self.asked, verdict, page, places, tracking, folder, stages)
+                except Exception as error:
+                    _log.warning("the answer is not kept, %s: %s; all else is there", type(error).__name__, error)
             return verdict
 
     def _keep_answer(
@@ -175,9 +179,13 @@ class Pipeline:
         stages: Sequence[Path],
     ) -> None:
         """Keep what was found for the same command, where it can be known whether anything has changed."""
-        sources = make_data((self.teacher or self.students[0]).data, role="distilled", seed=0).sources()
-        stored = tracking.store_and_run()
-        if sources is None or stored is None:
+        stored, inputs = tracking.stored(), list[str]()
+        for training in self._trainings():
+            found = training.make_data().sources()
+            if found is None or not is_known(training.config):
+                return
+            inputs += [*existing(found), *named_paths(training.config, self.work_dir)]
+        if stored is None:
             return
         answer = Answer(
             tables=tables_of(verdict),
@@ -186,10 +194,11 @@ class Pipeline:
             verdict=str(folder / VERDICT),
             report=str(page),
             places=tuple(places),
-            store=stored[0],
-            run_id=stored[1],
+            store=stored.store,
+            experiment=stored.experiment,
+            runs=stored.runs,
         )
-        keep(folder, asked, answer, sources, stages)
+        keep(folder, asked, answer, files_read(), inputs, stages)
 
     def _trainings(self) -> list[Training]:
         return [training for training in (self.teacher, *self.members, *self.assistants, *self.students) if training]

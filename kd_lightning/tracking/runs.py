@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from filelock import Timeout
@@ -27,6 +27,20 @@ RunLogger = MLFlowLogger | JournalLogger
 def is_rank_zero() -> bool:
     """Tell whether this process is the one that writes and prints."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class StoredRuns(NamedTuple):
+    """Which runs of a pipeline a store has.
+
+    Attributes:
+        store: As the parent's journal names it; None where no store is asked.
+        experiment: Its id.
+        runs: Their ids.
+    """
+
+    store: str | None = None
+    experiment: str | None = None
+    runs: tuple[str, ...] = ()
 
 
 class MakeLogger(Protocol):
@@ -113,17 +127,16 @@ class Tracking:
                 found.append(place(what, str(logger.tracking_uri), logger.experiment_id, str(logger.run_id)))
         return found
 
-    def store_and_run(self) -> tuple[str | None, str | None] | None:
-        """Return the store that has all of the runs, as the parent's journal names it, and the parent's id in it.
-
-        Both are None where no store is asked. None for both where it lacks something: the same command ships that.
-        """
+    def stored(self) -> StoredRuns | None:
+        """Return where the runs are; None where the store lacks something, which the same command ships."""
         if self._shipper is None:
-            return None, None
+            return StoredRuns()
         if self._shipper.undelivered() is not None:
             return None
         assert isinstance(self._parent, MLFlowLogger)
-        return store_name(str(self._parent.tracking_uri), self._folder), self._parent.run_id
+        runs = [logger.run_id for logger in self._loggers.values() if isinstance(logger, MLFlowLogger)]
+        store = store_name(str(self._parent.tracking_uri), self._folder)
+        return StoredRuns(store, self._parent.experiment_id, tuple(str(run) for run in runs))
 
     def logger(self, name: str, tags: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> RunLogger | None:
         """Return the logger of a stage that is trained; its run is gone on with, whatever its parent was.

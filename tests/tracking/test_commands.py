@@ -20,6 +20,7 @@ from kd_lightning.tracking.journal import history
 from kd_lightning.tracking.sync import sync
 from tests.reliability.preloaded import Command, Preloaded
 from tests.shortcuts import MIGRATE
+from tests.test_answers import Project, is_asked_for_the_runs
 from tests.tracking.servers import Server, failing, free_port, silent
 
 pytestmark = pytest.mark.integration
@@ -313,3 +314,9 @@ def test_a_disk_that_fills_in_training_ends_in_one_line(
     assert re.search(
         journal_or_store + r"\((No space left on device|database or disk is full)\); the training", printed
     )
+
+
+def test_a_server_is_asked_for_the_runs_of_an_answer(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_asked_for_the_runs(Project(tmp_path, monkeypatch), server.uri)
