@@ -47,16 +47,16 @@
     first = false;
     const days = number("days") || 1;
     const at = `at ${requests.toLocaleString("en")} requests a day`;
-    document.getElementById("paid").textContent = saves > 0
+    const said = saves > 0
       ? `In the teacher's place, ${small.storing ? "the storing of its outputs and the student's training are" : "the student's training is"} paid back after ${span(when)} ${at}, or ${count(extra / (saves / requests))} requests. A day's requests then take ${time(small.seconds)} of computing with ${small.title}, and ${time(large.seconds)} with the teacher; the quality is ${small.quality} in place of ${large.quality}.`
       : `It is never paid back by serving ${at}: they take ${time(small.seconds)} of computing a day with ${small.title}, and ${time(large.seconds)} with the teacher.`;
+    document.getElementById("paid").textContent = said.replaceAll(" %", "\u00a0%");
     const top = Math.max(...lines.map((l) => l.once + l.daily * days)) || 1;
     const x = (d) => L + d / days * (W - L - R), y = (c) => H - B - c / top * (H - T - B);
     let body = "";
     for (const c of ticks(top)) body += `<line class="grid" x1="${L}" x2="${W - R}" y1="${y(c)}" y2="${y(c)}"/><text class="tick" x="${L - 5}" y="${y(c) + 4}" text-anchor="end">${write(c)}</text>`;
     for (const d of ticks(days)) body += `<text class="tick" x="${x(d)}" y="${H - B + 16}" text-anchor="middle">${write(d)}</text>`;
     body += `<line class="axis" x1="${L}" x2="${W - R}" y1="${H - B}" y2="${H - B}"/><text class="title" x="${(L + W - R) / 2}" y="${H - 6}" text-anchor="middle">days</text>`;
-    body += `<text class="title" transform="translate(12,${(T + H - B) / 2}) rotate(-90)" text-anchor="middle">cost</text>`;
     for (const l of lines) body += `<polyline class="line r-${l.role}" points="${x(0)},${y(l.once)} ${x(days)},${y(l.once + l.daily * days)}" stroke-dasharray="${dashes[l.role] || ""}"/>`;
     if (when > 0 && when < days) body += `<line class="mark" x1="${x(when)}" x2="${x(when)}" y1="${T}" y2="${H - B}"/>`;
     const alt = lines.map((l) => `${l.title}: ${write(l.once)} for training and ${write(l.daily)} a day`).join("; ");
