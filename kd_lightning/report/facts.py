@@ -122,13 +122,19 @@ class Facts:
     def others(self) -> str:
         """What a teacher's probability goes to that its answer does not get."""
         labels = self.record["task"]["kind"] == "MultiLabel"
-        return "the contrary of its answer" if labels else "other classes than its answer"
+        return "the contrary of its answer" if labels else f"other {self.things} than its answer"
+
+    @property
+    def things(self) -> str:
+        """What a model tells apart."""
+        return "tokens" if self.record["task"]["kind"] == "LanguageModelling" else "classes"
 
     @property
     def short(self) -> str:
         """The headline as narrow columns have it."""
         name, key = self.headline.name, self.headline.key
-        return name[-len(key) :] if name.lower().endswith(key) else key  # mIoU; F1 of macro-F1; but acc
+        found = name[-len(key) :] if name.lower().endswith(key) else key  # mIoU; F1 of macro-F1; but acc
+        return found.replace("_", " ")
 
     def temperature(self, key: str) -> float | tuple[float, float] | None:
         found = self.models[key].get("temperature")

@@ -35,14 +35,14 @@ def knowledge(facts: Facts) -> dict[str, Any] | None:
     }
     for key in facts.models:
         titles.setdefault(key, facts.title(key))
-    groups = []
+    groups, thing = [], "token" if facts.things == "tokens" else "class"
     for rule, (title, how) in _RULES.items():
         those = [_example(facts, one) for one in examples if one["rule"] == rule]
         if those and rule == "disagreement" and "values" in those[0]:
             how = _DIFFERENCE
         if those:
             each = rule != "lot" and those[0].get("label") is not None
-            groups.append({"title": title, "how": how + ", one of each class" * each, "examples": those})
+            groups.append({"title": title, "how": how + f", one of each {thing}" * each, "examples": those})
     points = facts.record.get("points")
     return {
         "groups": groups,
@@ -51,7 +51,7 @@ def knowledge(facts: Facts) -> dict[str, Any] | None:
         "rows": (examples[0].get("input") or {}).get("kind") == "row",
         "structure": _structure(facts),
         "drawings": [_predictions(facts, points)] if points else [],
-        "thing": "token" if facts.record["task"]["kind"] == "LanguageModelling" else "class",
+        "thing": thing,
     }
 
 
@@ -114,7 +114,7 @@ def _inherited(facts: Facts, found: Mapping[str, Any]) -> str:
         return ""
     agrees = "agrees" if shares[key] > _MUCH else "hardly agrees"
     said = f"The distilled student {agrees} with the teacher on what resembles what: over {found['pairs']:,} pairs of "
-    said += f"classes their rank correlation is {shares[key]:.2f}"
+    said += f"{facts.things} their rank correlation is {shares[key]:.2f}"
     others = {name: shares[name] for name in ("student", "control") if name in shares}
     if others:
         said += " (" + ", ".join(f"{facts.title(name)} {share:.2f}" for name, share in others.items()) + ")"

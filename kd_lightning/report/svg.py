@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 340, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
+_TITLE_SIZE, _WIDTH_OF_LETTER = 12, 0.54  # as the page has it; of a letter, in sizes of the font
 _DASHES = {
     "student": "5 3",
     "control": "2 2",
@@ -269,8 +270,10 @@ class _Frame:
         drawn.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         below = f'x="{(_LEFT + right) / 2}" y="{HEIGHT - 6}"'
         beside = f'transform="translate(12,{(_TOP + bottom) / 2}) rotate(-90)"'
-        for axis, place in zip(self.axis, (below, beside), strict=True):
-            drawn.append(f'<text class="title" {place} text-anchor="middle">{escape(axis.title)}</text>')
+        for axis, place, room in zip(self.axis, (below, beside), (WIDTH - _LEFT, bottom + _TOP), strict=True):
+            size = room / max(len(axis.title), 1) / _WIDTH_OF_LETTER
+            smaller = f' style="font-size:{size:.1f}px"' if size < _TITLE_SIZE else ""
+            drawn.append(f'<text class="title" {place} text-anchor="middle"{smaller}>{escape(axis.title)}</text>')
         return "".join(drawn)
 
     def _ticks(self, i: int) -> Sequence[float]:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kd_lightning.pipeline.compare import compare
+from kd_lightning.report import svg
 from kd_lightning.report.facts import Facts
 from kd_lightning.report.html import render, render_many
 from kd_lightning.report.in_a_minute import cards
@@ -199,7 +200,10 @@ def test_learning_rates_are_drawn_by_group_of_parameters() -> None:
 @pytest.mark.parametrize("task", WITH_OUTPUTS)
 def test_each_task_shows_examples_of_its_own_kind(task) -> None:
     parts = WITH_OUTPUTS[task]
-    shown = page(**parts)
+    of = record(**parts)
+    if task == "language model":
+        of["task"]["kind"] = "LanguageModelling"
+    shown = Page(render(of))
     assert {one["rule"] for one in parts["examples"]} >= {"lot"}
     assert len([given for given in shown.of("article") if given["class"].startswith("example")]) == len(
         parts["examples"]
@@ -208,6 +212,7 @@ def test_each_task_shows_examples_of_its_own_kind(task) -> None:
     for given in images:
         assert given["alt"]
         assert base64.b64decode(given["src"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert ("one of each token" in shown.sections["knowledge"]) == (task == "language model")
     assert bool(images) == (task in ("classification", "segmentation", "several labels", "vectors"))
     assert ("temperature" in shown.sections) == (task not in ("rows", "vectors"))
     text = shown.sections["knowledge"]
@@ -249,6 +254,13 @@ def test_figures_say_what_they_show() -> None:
     assert all(given.get("aria-hidden") == "true" for given in shown.of("svg") if given not in figures)
     text = render(record(**WITH_OUTPUTS["classification"]))
     assert "nan" not in "".join(re.findall(r'(?:points|x|y|cx|cy)="[^"]*"', text))
+
+
+def test_the_long_title_of_an_axis_is_smaller() -> None:
+    series = [svg.Series("a", "teacher", [0, 1], [0, 1])]
+    drawn = svg.dots(series, svg.Axis("target"), svg.Axis("gained by distillation, bits per character"), "two points")
+    (size,) = re.findall(r'style="font-size:([\d.]+)px"', drawn)
+    assert 8 < float(size) < 12
 
 
 def test_a_schedule_is_drawn_as_it_ran() -> None:
