@@ -22,6 +22,7 @@ _AGREES = {
 _NOT_DRAWN = ("kd/temperature", "val/teacher_", "test/", "system/")  # elsewhere, one number, or of the machine
 _NAMES = {
     "val/agreement": ("agreement with the teacher, validation", "%"),
+    "val/acc": ("accuracy, validation", "%"),
     "val/ece": ("calibration error (ECE), validation", "%"),
     "val/kl_teacher": ("KL divergence from the teacher, validation", "nats"),
     "kd/teacher_entropy": ("entropy of the soft targets", "% of the largest possible"),
