@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,7 +33,7 @@ from kd_lightning.processor import describe
 from kd_lightning.records import Verdict
 from kd_lightning.report.facts import RECORD
 from kd_lightning.report.html import write_report
-from kd_lightning.report.markdown import as_markdown
+from kd_lightning.report.markdown import as_markdown, sweep_as_markdown
 from kd_lightning.report.stage_progress import StageProgress
 from kd_lightning.report.table import temperature
 from kd_lightning.report.terminal import print_places, print_verdict, tables_of
@@ -154,6 +155,7 @@ class Pipeline:
                 if not is_rank_zero():
                     return None
                 verdict, page = self._compare(finished, tracking, folder / VERDICT) if self.verdict else (None, None)
+                tracking.describe_sweep(partial(sweep_as_markdown, self.task.headline))
             except BaseException as error:
                 interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
                 tracking.close("KILLED" if interrupted else "FAILED")

@@ -1,7 +1,7 @@
 """A pipeline's runs: one parent, and a child for each stage and seed. Each has its journal, with MLflow or without."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -16,7 +16,7 @@ from kd_lightning.tracking.logger import MLFlowLogger, safe_name
 from kd_lightning.tracking.shipper import PATIENCE, Shipper
 from kd_lightning.tracking.shipping import is_shipped, remove
 from kd_lightning.tracking.store import store_name
-from kd_lightning.tracking.sweeps import Sweep
+from kd_lightning.tracking.sweeps import Sweep, SweptPipeline, swept_pipelines
 from kd_lightning.tracking.view import look, place
 
 _PATIENCE_WHEN_INTERRUPTED = 4.0
@@ -80,6 +80,7 @@ class Tracking:
         self._folder = folder
         self._loggers: dict[str, RunLogger] = {}
         self._open: list[str] = []
+        self._of = sweep
         self._sweep: RunLogger | None = None
         self._swept: list[str] = []
         self.runs: dict[str, str] = {}
@@ -118,6 +119,21 @@ class Tracking:
             self._sweep.journal.write(
                 "sweep", headline=headline, parameters=self._swept, lower_is_better=lower_is_better
             )
+
+    def describe_sweep(self, write: Callable[[Sequence[SweptPipeline]], str]) -> None:
+        """Have the sweep's run say what its pipelines have found so far.
+
+        Args:
+            write: Gives the Markdown.
+        """
+        if self._parent is None or self._of is None:
+            return
+        if self._sweep is None:  # another job was at it, and may have ended
+            self._begin(self._of)
+        if self._sweep is not None:
+            self._parent.journal.sync()
+            text = write(swept_pipelines(self._folder.parent, self._sweep.journal.key))
+            self._sweep.journal.write("tags", values={"mlflow.note.content": text})
 
     def places(self) -> list[str]:
         """Say where the views are, one to a line; nothing where no store has them."""

@@ -74,7 +74,8 @@ def comparison(client: Any, run_id: str, *, headline: str, figures: Sequence[str
 def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str], lower_is_better: bool = False) -> None:
     """Share the view that compares the pipelines of a sweep, in parallel coordinates too; again it is replaced.
 
-    The best comes first. By time the page would show the sweep's run alone, with its pipelines folded in.
+    The best on the validation split comes first. By time the page would show the sweep's run alone, with its pipelines
+    folded in.
 
     Args:
         client: MLflow's.
@@ -83,10 +84,10 @@ def sweep(client: Any, run_id: str, *, headline: str, parameters: Sequence[str],
         parameters: What differs between them: names of parameters.
         lower_is_better: Of the headline.
     """
-    metrics = [f"final/{headline}", "final/agreement", "final/retention", "final/gap_closed"]
+    metrics = [f"final/{name}" for name in (f"val_{headline}", headline, "agreement", "retention", "gap_closed")]
     parallel = _card("PARALLEL", "final", 0) | {
         "selectedParams": list(parameters),
-        "selectedMetrics": [metrics[0], metrics[1]],
+        "selectedMetrics": metrics[1:3],
         "showAllRuns": True,
     }
     cards = [parallel, *map(_bar, metrics)]

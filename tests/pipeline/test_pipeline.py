@@ -116,9 +116,15 @@ def test_a_sweep_trains_the_teacher_once(finished, tmp_path: Path) -> None:
     assert parallel["selectedParams"] == ["sweep/losses.kd.temperature"]
     order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
     found = client.search_runs([experiment.experiment_id], view["searchFilter"], order_by=[order])
-    best_first = sorted(jobs, key=lambda job: job.data.metrics["final/acc"], reverse=True)
+    best_first = sorted(jobs, key=lambda job: job.data.metrics["final/val_acc"], reverse=True)
     assert [run.info.run_id for run in found] == [job.info.run_id for job in best_first]
     assert all(name in job.data.metrics for name in parallel["selectedMetrics"] for job in jobs)
+    described = sweep.data.tags["mlflow.note.content"]
+    best = best_first[0].data.params["sweep/losses.kd.temperature"]
+    assert f"the best on the validation images: T = {best}." in described
+    for job in jobs:
+        row = f"| {job.data.params['sweep/losses.kd.temperature']} | {100 * job.data.metrics['final/val_acc']:.1f} |"
+        assert row in described
 
 
 def test_variants_are_rows_of_one_comparison(finished, tmp_path: Path) -> None:

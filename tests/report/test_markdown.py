@@ -1,14 +1,16 @@
 """The description in MLflow: Markdown that shows exactly what is said, whatever labels hold."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
 
 from kd_lightning.pipeline.compare import compare
-from kd_lightning.report.markdown import MOST, as_markdown
+from kd_lightning.report.markdown import MOST, as_markdown, sweep_as_markdown
 from kd_lightning.report.table import overview
 from kd_lightning.report.words import say
+from kd_lightning.tracking.sweeps import SweptPipeline
 from tests.pipeline.finished_runs import TASK, everything, latency, measured, run, runs, sweep, verdict
 
 
@@ -82,3 +84,33 @@ def test_no_more_than_a_tag_may_hold():
     left_out = 101 - [row[0] for row in shown.rows[1:]].index("")
     assert f"{left_out} further rows: verdict.json" in "".join(shown.text)
     assert len(as_markdown(verdict(student=0.74), most=30)) == 30
+
+
+def swept(temperature: str, val: float | None, **figures: float) -> SweptPipeline:
+    found = {} if val is None else {f"final/val_{TASK.headline.key}": val, f"final/{TASK.headline.key}": val - 0.01}
+    values = {"losses.kd.temperature": temperature, "losses.kd.weight": "1"}
+    return SweptPipeline(values=values, figures=found | {f"final/{name}": x for name, x in figures.items()})
+
+
+def test_a_sweep_is_a_table_of_its_pipelines_the_best_on_the_validation_split_first():
+    unsure = {"gap_closed": 0.9, "worth_it": 0.0, "decided": 0.0}
+    sure = {"gap_closed": 0.25, "gap_closed_low": 0.1, "gap_closed_high": 0.4, "worth_it": 1.0, "decided": 1.0}
+    pipelines = [swept("1", 0.7, **unsure), swept("4", None), swept("16", 0.8, **sure)]
+    shown = Shown(sweep_as_markdown(TASK.headline, pipelines))
+    assert shown.rows[0][:2] == ["T", "weight"]
+    assert [(row[0], row[2], row[5], row[6]) for row in shown.rows[1:]] == [
+        ("16", "80.0", "25.0", "yes"),
+        ("1", "70.0", "–", "not decided"),
+    ]
+    (said,) = shown.bold
+    assert said.startswith("Of 2 pipelines the best on the validation images: T = 16, weight = 1. 1 more")
+    error = replace(TASK.headline, higher_is_better=False)
+    assert [row[0] for row in Shown(sweep_as_markdown(error, pipelines)).rows[1:]] == ["1", "16"]
+    assert "none with a verdict" in sweep_as_markdown(TASK.headline, [swept("4", None)])
+
+
+def test_a_sweep_of_many_pipelines_fits_the_tag():
+    text = sweep_as_markdown(TASK.headline, [swept(str(i), 0.5 + i / 1000) for i in range(300)])
+    assert len(text) <= MOST
+    assert Shown(text).rows[1][0] == "299"
+    assert "further rows" in text

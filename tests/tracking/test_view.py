@@ -67,7 +67,10 @@ def test_the_best_pipeline_of_a_sweep_comes_first_and_none_is_folded_into_the_sw
     sweep(client, run.info.run_id, headline="x", parameters=["sweep/T"], lower_is_better=lower_is_better)
     (text,) = client.get_experiment(run.info.experiment_id).tags.values()
     view = json.loads(text)
-    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`final/x`", lower_is_better)  # by time it folds them
+    assert (view["orderByKey"], view["orderByAsc"]) == (
+        "metrics.`final/val_x`",
+        lower_is_better,
+    )  # by time it folds them
 
 
 @pytest.mark.parametrize(
