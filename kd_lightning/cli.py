@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import redirect_stderr, suppress
@@ -45,6 +46,7 @@ def conf_dir() -> Path:
 def main() -> None:
     """Entry point of ``kd-lightning`` and ``python -m kd_lightning``."""
     signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.unraisablehook = _on_lost_exception
     os.environ[_ARGUMENTS] = json.dumps(sys.argv[1:])
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in _OWN_FLAGS]  # Hydra takes no flags but its own
     try:
@@ -80,6 +82,16 @@ def _on_sigterm(number: int, frame: Any) -> None:
     if signal.getsignal(signal.SIGTERM) is _on_sigterm or _terminated:
         raise _Terminated
     _terminated = True
+
+
+def _on_lost_exception(lost: Any) -> None:
+    """Send SIGTERM again where Python drops what its handler raises, as in the callback of a weak reference."""
+    if lost.exc_type is _Terminated:
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))  # after that callback
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

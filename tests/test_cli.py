@@ -118,6 +118,23 @@ def test_a_process_that_a_launcher_starts_has_the_flags_and_the_overrides_of_the
     assert ran.stdout.endswith(f"['json', 'quiet'] {arguments}\n"), ran.stderr
 
 
+def test_a_sigterm_that_comes_in_the_callback_of_a_weak_reference_ends_the_command(tmp_path: Path) -> None:
+    code = (
+        "import signal, time, weakref; from kd_lightning import cli\n"
+        "def work():\n"
+        "    class Something: pass\n"
+        "    something = Something()\n"
+        "    callback = weakref.ref(something, lambda _: signal.raise_signal(signal.SIGTERM))\n"
+        "    del something\n"
+        "    time.sleep(60)\n"
+        "cli._hydra_main = work\n"
+        "cli.main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 143
+    assert ran.stderr == "\nInterrupted. The same command goes on from the last checkpoint.\n"
+
+
 def test_quiet_prints_the_sentence_and_json_the_verdict_alone(finished, tmp_path: Path) -> None:
     folder = copied(finished[0], tmp_path)
     sentence = kd_lightning(*TINY, "-q", cwd=tmp_path)
