@@ -17,8 +17,13 @@ os.environ.pop("MLFLOW_RUN_ID", None)
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from tests.command import TINY, kd_lightning
+
+# An example takes as long as the machine is busy: hypothesis' 200 ms are no bound for a test.
+settings.register_profile("kd-lightning", deadline=None)
+settings.load_profile("kd-lightning")
 
 collect_ignore = ["benchmarks"]  # programs that print, and import each other as such
 

@@ -76,14 +76,14 @@ def test_a_teachers_neuron_at_zero_is_inactive() -> None:
     assert activation_boundary(student, torch.zeros_like(student)).item() == 1.5**2
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.permutations(range(4)), channels=st.permutations(range(6)), scale=st.floats(0.01, 100))
 def test_order_and_the_size_of_the_teachers_responses_change_nothing(samples, channels, scale: float) -> None:
     shuffled = activation_boundary(STUDENT[samples][:, channels], scale * TEACHER[samples][:, channels])
     assert shuffled.item() == pytest.approx(activation_boundary(STUDENT, TEACHER).item(), rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0.01, 100))
 def test_scaling_student_and_margin_scales_by_the_square(scale: float) -> None:
     value = activation_boundary(scale * STUDENT, TEACHER, margin=scale).item()

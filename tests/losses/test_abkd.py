@@ -74,7 +74,7 @@ def test_hellinger_and_euclidean_distance_are_among_them() -> None:
     torch.testing.assert_close(alpha_beta_divergence(STUDENT, TEACHER, alpha=1.0, beta=1.0), euclidean)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(alpha=st.floats(0, 3), beta=st.floats(0, 3))
 def test_exchanging_the_sides_exchanges_the_powers_and_nothing_is_negative(alpha: float, beta: float) -> None:
     value = alpha_beta_divergence(STUDENT, TEACHER, alpha=alpha, beta=beta)
@@ -129,7 +129,7 @@ def test_one_sample_counts_as_itself() -> None:
     assert whole == pytest.approx(sum(each) / 8, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     samples=st.permutations(range(8)),

@@ -71,7 +71,7 @@ def test_the_larger_map_is_average_pooled_to_the_smaller(student_size: int, teac
     assert attention_transfer(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0.1, 10), samples=st.permutations(range(4)), channels=st.permutations(range(6)))
 def test_scale_order_and_sign_change_nothing(scale: float, samples: list[int], channels: list[int]) -> None:
     moved = attention_transfer(-scale * STUDENT[samples][:, channels], TEACHER[samples])

@@ -94,7 +94,7 @@ def test_zero_with_a_gradient_of_zero_where_the_student_equals_the_teacher(norma
     assert not student.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     scales=st.lists(st.floats(0.1, 10), min_size=6, max_size=6),
     samples=st.permutations(range(4)),

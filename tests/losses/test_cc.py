@@ -61,7 +61,7 @@ def test_zero_with_a_gradient_of_zero_where_the_student_equals_the_teacher() -> 
     assert not student.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(units=st.permutations(range(16)), shift=st.floats(-9, 9), scale=st.floats(0.1, 10))
 def test_units_and_a_common_shift_change_nothing_and_scale_counts_squared(units, shift, scale) -> None:
     value = correlation_congruence(STUDENT, TEACHER).item()

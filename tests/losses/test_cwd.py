@@ -83,7 +83,7 @@ def test_a_constant_map_is_the_uniform_distribution(value: float) -> None:
     assert student.grad.isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=6, max_size=6),
     places=st.permutations(range(64)),

@@ -156,7 +156,7 @@ def test_soft_gives_the_limit_and_not_nan_for_extreme_logits_and_a_batch_of_one(
     assert student.grad.tolist() == [[0.25, -0.25, 0.0, 0.0]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     samples=st.permutations(range(8)),

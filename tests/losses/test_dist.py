@@ -60,7 +60,7 @@ def test_zero_up_to_the_epsilon_where_the_student_equals_the_teacher() -> None:
     assert student.grad.abs().max() < 1e-4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(slope=st.floats(0.2, 1.0))
 def test_only_the_relations_of_the_classes_count(slope: float) -> None:
     # Probabilities that are the teacher's, drawn towards 1/C: every row and every column correlates perfectly.
@@ -70,7 +70,7 @@ def test_only_the_relations_of_the_classes_count(slope: float) -> None:
     assert dist((0.1 * q.flip(-1) + 0.09).log(), TEACHER).item() > 0.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     samples=st.permutations(range(8)),

@@ -83,7 +83,7 @@ def test_the_larger_map_of_a_pair_is_average_pooled_to_the_smaller(first_size: i
     assert fsp(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(places=st.permutations(range(8)), channels=st.permutations(range(5)), scale=st.floats(0.1, 10))
 def test_order_and_opposite_scales_of_a_pair_change_nothing(places, channels, scale) -> None:
     def moved(x: Tensor) -> Tensor:

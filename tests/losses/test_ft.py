@@ -72,7 +72,7 @@ def test_zero_where_the_student_equals_the_teacher(p2: int) -> None:
     assert not student.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     samples=st.permutations(range(4)),
     channels=st.permutations(range(6)),

@@ -277,7 +277,7 @@ def test_tokens_that_a_bias_of_minus_infinity_rules_out_add_nothing() -> None:
         torch.testing.assert_close(x, y)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens=st.permutations(range(N)), classes=st.permutations(range(V)), shift=st.floats(-20, 20))
 def test_order_and_a_shift_of_all_logits_change_nothing(tokens, classes, shift: float) -> None:
     student, teacher = inputs()

@@ -39,14 +39,14 @@ def test_value_and_gradient_equal_the_formula(beta: float, temperature: float) -
     torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.001, 0.999))
 def test_swapping_the_sides_swaps_the_shares(beta: float) -> None:
     swapped = jensen_shannon(TEACHER, STUDENT, beta=1 - beta).item()
     assert jensen_shannon(STUDENT, TEACHER, beta=beta).item() == pytest.approx(swapped, rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.001, 0.999))
 def test_at_most_the_entropy_of_the_shares(beta: float) -> None:
     most = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)

@@ -75,7 +75,7 @@ def test_tokens_and_pixels_count_as_samples(loss: Loss) -> None:
 
 
 @every_loss
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     samples=st.permutations(range(8)),

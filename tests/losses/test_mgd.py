@@ -58,7 +58,7 @@ def test_zero_where_the_generated_map_equals_the_teachers() -> None:
     assert not generated.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.permutations(range(4)), channels=st.permutations(range(6)), shift=st.floats(-9, 9))
 def test_order_and_a_common_shift_change_nothing(samples: list[int], channels: list[int], shift: float) -> None:
     moved = mgd(*((x + shift)[samples][:, channels] for x in (STUDENT, TEACHER)))

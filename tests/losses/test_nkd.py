@@ -63,7 +63,7 @@ def test_extreme_logits_give_the_limit_and_not_nan(dtype: torch.dtype) -> None:
     assert student.grad.tolist() == [[0.0, -0.5, 0.5], [0.25, -0.25, 0.0]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(-5, 5))
 def test_the_label_does_not_enter_the_distribution_of_the_others(confidence: float) -> None:
     moved = STUDENT + confidence * torch.eye(10, dtype=torch.float64)[:8]

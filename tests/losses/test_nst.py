@@ -69,7 +69,7 @@ def test_the_larger_map_is_average_pooled_to_the_smaller(student_size: int, teac
     assert nst(student, teacher).item() == pytest.approx(by_loops(pooled(student), pooled(teacher)), rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     scales=st.lists(st.floats(0.1, 10), min_size=6, max_size=6),
     samples=st.permutations(range(4)),

@@ -104,7 +104,7 @@ def test_vectors_are_compared_too() -> None:
     assert partial_l2(student, teacher, margin=MARGIN).item() == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.permutations(range(2)), channels=st.permutations(range(3)), scale=st.floats(0.01, 100))
 def test_order_changes_nothing_and_scale_its_square(samples: list[int], channels: list[int], scale: float) -> None:
     student, teacher = (scale * x[samples][:, channels] for x in (SMALL, SMALL_TEACHER))
@@ -112,7 +112,7 @@ def test_order_changes_nothing_and_scale_its_square(samples: list[int], channels
     assert value == pytest.approx(scale**2 * partial_l2(SMALL, SMALL_TEACHER, margin=MARGIN).item(), rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lower=st.floats(0.0, 1e4))
 def test_a_student_that_is_inactive_enough_is_left_alone(lower: float) -> None:
     silent = -SMALL_TEACHER.abs()

@@ -57,7 +57,7 @@ def test_zero_with_a_gradient_of_zero_where_the_student_equals_the_teacher() -> 
     torch.testing.assert_close(student.grad, torch.zeros_like(STUDENT), rtol=0, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scales=st.lists(st.floats(0.1, 10), min_size=5, max_size=5), order=st.permutations(range(5)))
 def test_the_samples_lengths_and_order_change_nothing(scales: list[float], order: list[int]) -> None:
     stretched = STUDENT * torch.tensor(scales, dtype=torch.float64)[:, None]

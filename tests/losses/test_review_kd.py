@@ -79,14 +79,14 @@ def test_zero_where_the_student_equals_the_teacher() -> None:
     assert not student.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.permutations(range(4)), channels=st.permutations(range(6)), shift=st.floats(-9, 9))
 def test_order_mirroring_and_a_common_shift_change_nothing(samples, channels, shift: float) -> None:
     moved = hierarchical_context(*((x + shift)[samples][:, channels].flip(3) for x in (STUDENT, TEACHER)))
     assert moved.item() == pytest.approx(hierarchical_context(STUDENT, TEACHER).item(), rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shift=st.floats(-9, 9))
 def test_a_difference_of_one_size_everywhere_counts_as_its_square(shift: float) -> None:
     value = hierarchical_context(STUDENT + shift, STUDENT).item()

@@ -142,7 +142,7 @@ def test_extreme_features_stay_finite(loss) -> None:
     assert student.grad.isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0.1, 10), shift=st.floats(-5, 5), order=st.permutations(range(5)), turn=st.floats(0, 6))
 def test_relations_do_not_see_scale_shift_rotation_or_order(scale, shift, order, turn) -> None:
     rotation = torch.eye(7, dtype=torch.float64)

@@ -69,7 +69,7 @@ def test_extreme_logits_give_the_limit() -> None:
     assert torch.autograd.grad(reverse, student)[0].tolist() == [[0.0, 0.0, 0.0]]  # it says one token only
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0, 1))
 def test_swapping_the_sides_swaps_the_shares(lam: float) -> None:
     swapped = symmetric_kl(TEACHER, STUDENT, lam=1 - lam).item()

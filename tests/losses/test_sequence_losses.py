@@ -152,7 +152,7 @@ def test_half_precision_under_autocast_is_right_to_its_digits(loss) -> None:
 
 
 @every_loss
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8), temperature=st.floats(0.5, 20))
 def test_a_shift_of_a_tokens_logits_changes_nothing(loss, shift: list[float], temperature: float) -> None:
     moved = torch.tensor(shift, dtype=torch.float64).reshape(2, 4, 1)
@@ -162,7 +162,7 @@ def test_a_shift_of_a_tokens_logits_changes_nothing(loss, shift: list[float], te
 
 
 @every_loss
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tokens=st.permutations(range(4)), classes=st.permutations(range(10)))
 def test_the_order_of_tokens_and_of_the_vocabulary_changes_nothing(loss, tokens, classes) -> None:
     shuffled = loss(STUDENT[:, tokens][..., classes], TEACHER[:, tokens][..., classes], TARGET[:, tokens])
@@ -170,7 +170,7 @@ def test_the_order_of_tokens_and_of_the_vocabulary_changes_nothing(loss, tokens,
 
 
 @every_loss
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.1, 50))
 def test_the_temperature_softens_both_sides_and_its_factor_makes_up_for_it(loss, temperature: float) -> None:
     softened = temperature ** POWER_OF_T[loss] * loss(STUDENT / temperature, TEACHER / temperature)

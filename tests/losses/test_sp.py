@@ -52,7 +52,7 @@ def test_zero_with_a_gradient_of_zero_where_the_student_equals_the_teacher() -> 
     assert not student.grad.any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0.1, 10), samples=st.permutations(range(4)), units=st.permutations(range(12)))
 def test_scale_and_order_change_nothing(scale: float, samples: list[int], units: list[int]) -> None:
     moved = similarity_preserving(scale * SMALL.flatten(1)[samples][:, units], WIDE[samples])

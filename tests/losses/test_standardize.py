@@ -51,7 +51,7 @@ def test_the_mean_is_zero_and_the_standard_deviation_one() -> None:
     torch.testing.assert_close(standardised.std(-1), torch.ones(8, dtype=torch.float64))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     scale=st.lists(st.floats(0.1, 10), min_size=8, max_size=8),

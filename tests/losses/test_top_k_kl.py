@@ -175,7 +175,7 @@ def test_a_small_missing_mass_keeps_its_digits() -> None:
     assert value.item() == pytest.approx(3e-6 * (math.log(3e-6) + 30) - 3e-6, rel=5e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ranks=st.permutations(range(4)),
     classes=st.permutations(range(10)),

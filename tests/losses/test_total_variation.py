@@ -37,7 +37,7 @@ def test_one_where_both_are_sure_of_different_tokens() -> None:
     assert total_variation(torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([[-1e4, 1e4, 0.0]])) == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.permutations(range(8)))
 def test_a_metric(rows: list[int]) -> None:
     other = STUDENT[rows]

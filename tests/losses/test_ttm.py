@@ -40,7 +40,7 @@ def test_value_and_gradient_equal_the_formula(gamma: float, weighted: bool) -> N
     torch.testing.assert_close(student.grad, expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.01, 3))
 def test_the_powers_of_the_probabilities_are_the_softmax_of_the_scaled_logits(gamma: float) -> None:
     powers = torch.softmax(TEACHER, -1) ** gamma
@@ -96,7 +96,7 @@ def test_one_sample_counts_as_itself() -> None:
     assert ttm(STUDENT, TEACHER, weighted=True).item() == pytest.approx(sum(each) / 8, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shift=st.lists(st.floats(-20, 20), min_size=8, max_size=8),
     samples=st.permutations(range(8)),

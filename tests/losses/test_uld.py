@@ -61,7 +61,7 @@ def test_gradient_is_right_and_none_is_the_teachers() -> None:
     assert teacher.grad is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(mine=st.permutations(range(10)), theirs=st.permutations(range(7)), shift=st.floats(-20, 20))
 def test_which_token_has_which_probability_does_not_matter(mine: list[int], theirs: list[int], shift: float) -> None:
     value = sorted_probabilities(STUDENT[..., mine] + shift, TEACHER[..., theirs] - shift)
@@ -88,7 +88,7 @@ def test_gradient_stays_of_one_size_when_the_temperature_changes() -> None:
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.1, 50))
 def test_the_temperature_softens_both_sides(temperature: float) -> None:
     softened = temperature * sorted_probabilities(STUDENT / temperature, TEACHER / temperature)

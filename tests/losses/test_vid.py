@@ -72,7 +72,7 @@ def test_vectors_and_tokens_have_their_channels_last() -> None:
     torch.testing.assert_close(vid(*(x.flatten(0, 1) for x in tokens), variance=VARIANCE), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(samples=st.permutations(range(2)), channels=st.permutations(range(3)), shift=st.floats(-9, 9))
 def test_order_and_a_common_shift_change_nothing(samples: list[int], channels: list[int], shift: float) -> None:
     mean, teacher = ((x + shift)[samples][:, channels] for x in (MEAN, TEACHER))
@@ -80,7 +80,7 @@ def test_order_and_a_common_shift_change_nothing(samples: list[int], channels: l
     assert value == pytest.approx(vid(MEAN, TEACHER, variance=VARIANCE).item(), rel=1e-11)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(0.1, 30))
 def test_scaling_features_and_deviation_adds_the_scales_logarithm(scale: float) -> None:
     value = vid(scale * MEAN, scale * TEACHER, variance=scale**2 * VARIANCE).item()

@@ -130,7 +130,7 @@ def test_pairing_of_seeds_matters():
 answers = arrays(bool, (3, 12))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(answers, answers, st.permutations(range(12)), st.permutations(range(3)))
 def test_a_difference_swaps_its_sign_and_ignores_the_order(a, b, samples, seeds):
     one = paired_difference(a, b)
@@ -141,7 +141,7 @@ def test_a_difference_swaps_its_sign_and_ignores_the_order(a, b, samples, seeds)
     assert one.low <= one.mean <= one.high
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(bool, (1, 12)), answers, answers, st.permutations(range(12)), st.permutations(range(3)))
 def test_a_share_ignores_the_order_and_is_bounded_exactly_where_the_gap_is_shown(t, alone, distilled, samples, seeds):
     one = gap_closed(t, alone, distilled)

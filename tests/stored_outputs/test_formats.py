@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_lightning.stored_outputs.formats import find_format, kl_errors
@@ -40,7 +40,6 @@ def test_the_error_is_the_kl_divergence() -> None:
         torch.testing.assert_close(error, (p * (p / q).log()).sum(-1))
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.floats(-1e4, 1e4), st.floats(0, 1e4), st.integers(0, 99))
 def test_uint8_takes_the_nearest_of_its_levels(classes: int, centre: float, spread: float, seed: int) -> None:
     x = centre + spread * torch.randn(3, classes, generator=torch.Generator().manual_seed(seed))
