@@ -42,7 +42,7 @@ def kd_lightning(*arguments: str, cwd: Path, code: int = 0, **more: str) -> str:
         return kd_lightning_anew(*arguments, cwd=cwd, code=code, **more)
     with tempfile.NamedTemporaryFile() as file:
         output = Path(file.name)
-        return preloaded().run(*arguments, cwd=cwd, output=output, code=code, seconds=300, **environment(**more))
+        return preloaded().run(*arguments, cwd=cwd, output=output, code=code, seconds=300, **more)
 
 
 def kd_lightning_anew(*arguments: str, cwd: Path, code: int = 0, **more: str) -> str:

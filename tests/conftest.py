@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from tests import shortcuts
 from tests.command import TINY, kd_lightning
 
 # An example takes as long as the machine is busy: hypothesis' 200 ms are no bound for a test.
@@ -29,13 +31,16 @@ collect_ignore = ["benchmarks"]  # programs that print, and import each other as
 
 LONG_FILES = (  # by what each takes
     "reliability/test_interruptions.py",
-    "tracking/test_commands.py",
     "test_configs.py",
-    "reliability/test_disk.py",
     "pipeline/test_pipeline.py",
+    "reliability/test_disk.py",
+    "tracking/test_commands.py",
+    "pipeline/test_teachers.py",
     "pipeline/test_quantize.py",
     "integration/test_own_task.py",
     "integration/test_wheel.py",
+    "integration/test_third_party_module.py",
+    "callbacks/test_distillation_rehearsal.py",
     "stored_outputs/test_faults.py",
 )
 """Begun first, so that no worker is left with one of them at the end."""
@@ -52,6 +57,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # the order of pytest_collection_modifyitems
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="kd-lightning-tests-")
+        os.environ[shortcuts.DATABASE] = f"{folder.name}/mlflow.db"
+        config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(tryfirst=True)  # ahead of fixtures
+def pytest_runtest_setup() -> None:
+    shortcuts.take(imported=True)
 
 
 @pytest.hookimpl(trylast=True)  # of what is left to run

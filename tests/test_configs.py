@@ -15,6 +15,7 @@ from kd_lightning.pipeline.preflight import check_trainings
 from kd_lightning.tokens import HuggingFace
 from tests import hugging_face
 from tests.command import kd_lightning
+from tests.shortcuts import FEW_SAMPLES
 from tests.test_tokens import library_file
 
 CONF = conf_dir()
@@ -25,10 +26,10 @@ HUGGING_FACE = "hugging_face/"  # whose weights a user downloads
 NOT_SHIPPED = (IMAGES_NOT_SHIPPED, HUGGING_FACE)
 # Of the parts of experiments that run below, in settings of their own.
 VARIATIONS = ["shakespeare/all_plays", "shakespeare/divergences", "shakespeare/temperature"]
-FEWER = {  # texts to judge, and to store a teacher's outputs for, where a configuration has the path
+FEWER = {  # samples, where a configuration has the path
     "data.eval_blocks": ["data.eval_blocks=16", "data.stride=128"],
     "data.texts.eval_blocks": ["data.texts.eval_blocks=16"],
-    "data.train": ["data.train=300", "data.validation=100", "data.test=200"],
+    "data.train": ["data.train=130", "data.validation=50", "data.test=100"],
 }
 PARTS = [name for name in FILES if "/" in name and not name.startswith("experiment/")]
 MISSING = {  # what a yaml leaves to the user
@@ -117,10 +118,14 @@ def test_an_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
     config = composed(name)
     stages = [stage for stage in config.stages if stage != "quantized"]
     less = next((given for path, given in FEWER.items() if OmegaConf.select(config, path)), [])
+    if "teacher_images" in config.data:
+        instantiate(config.data).setup("fit")  # there are as many as it asks for
+        given = {key: config.data.get(key) or 0 for key in ("teacher_images", "labelled", "unlabelled")}
+        less = [f"data.{key}={min(count, 200)}" for key, count in given.items()]
     longer = [name for name, given in config.assistants.items() if OmegaConf.select(given, "trainer.max_steps")]
     steps = [f"{path}trainer.max_steps=2" for path in ("", "teacher.", *(f"assistants.{name}." for name in longer))]
     arguments = [f"experiment={name}", *less, *steps, "logger=null", "seeds=[0]", "teacher.check=false"]
-    printed = kd_lightning(*arguments, f"stages=[{','.join(stages)}]", cwd=tmp_path)
+    printed = kd_lightning(*arguments, f"stages=[{','.join(stages)}]", cwd=tmp_path, **{FEW_SAMPLES: "1"})
     assert "student alone" in printed
 
 

@@ -1,21 +1,20 @@
 """A training that is interrupted, whatever by, loses nothing that was said to be saved."""
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from kd_lightning import load_student
-from tests.command import environment, kd_lightning
+from tests.command import kd_lightning, preloaded
 from tests.pipeline.test_pipeline import runs
 
 pytestmark = pytest.mark.integration
 
-ARGUMENTS = ["teacher.trainer.max_steps=60", "trainer.max_steps=1000", "seeds=[0]", "stages=[teacher,student]"]
+STEPS = 500
+ARGUMENTS = ["teacher.trainer.max_steps=60", f"trainer.max_steps={STEPS}", "seeds=[0]", "stages=[teacher,student]"]
+ARGUMENTS += ["models@teacher.network=cnn8"]
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +31,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def interrupt(folder: Path) -> int:
     """Start, and kill once the student's training has written its second checkpoint."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kd_lightning", *ARGUMENTS],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    written: set[float] = set()
-    end = time.monotonic() + 200
-    while len(written) < 2:
-        assert time.monotonic() < end
-        assert process.poll() is None, "it ended before the signal"
-        for file in folder.glob("mlruns/stages/student-*/last.ckpt"):
-            written.add(file.stat().st_mtime_ns)
-        time.sleep(0.005)
-    process.kill()
-    return process.wait(timeout=100)
+    command = preloaded().start(*ARGUMENTS, cwd=folder, output=folder / "printed")
+    written: set[int] = set()
+
+    def twice() -> bool:
+        written.update(file.stat().st_mtime_ns for file in folder.glob("mlruns/stages/student-*/last.ckpt"))
+        return len(written) == 2
+
+    assert command.wait_until(twice, 200), "it ended before the signal"
+    command.kill()
+    return command.wait(100)
 
 
 def test_the_same_command_goes_on_from_the_middle_of_a_training_and_gives_the_same_weights(
@@ -58,7 +50,7 @@ def test_the_same_command_goes_on_from_the_middle_of_a_training_and_gives_the_sa
     assert interrupt(tmp_path) == -signal.SIGKILL
     assert not list(tmp_path.glob("mlruns/stages/student-*/final.ckpt"))
     (last,) = tmp_path.glob("mlruns/stages/student-*/last.ckpt")
-    assert 0 < torch.load(last, weights_only=True)["global_step"] < 1000
+    assert 0 < torch.load(last, weights_only=True)["global_step"] < STEPS
     printed = kd_lightning(*ARGUMENTS, cwd=tmp_path)
     assert printed.count("reused") == 1
     torch.testing.assert_close(weights(tmp_path), uninterrupted, rtol=0, atol=0)

@@ -11,17 +11,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from tests import shortcuts
 from tests.command import environment
-from tests.shortcuts import look_briefly, measure_briefly, migrate_once, read_operators_once
 
 ROOT = Path(__file__).resolve().parents[2]
+KD_LIGHTNING = "from kd_lightning.cli import main; main()"
 
 
 @dataclass
@@ -86,13 +86,10 @@ class Preloaded:
     """The parent, as a context: ``start`` forks a command."""
 
     def __enter__(self) -> "Preloaded":
-        self._folder = tempfile.TemporaryDirectory()
-        code = "import sys; from tests.reliability.preloaded import _serve; _serve(sys.argv[1])"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, f"{self._folder.name}/mlflow.db"],
+            [sys.executable, "-c", "from tests.reliability.preloaded import _serve; _serve()"],
             cwd=ROOT,
-            # pyarrow's allocator has a thread of its own otherwise
-            env=environment(PYTHONPATH=str(ROOT), JE_ARROW_MALLOC_CONF="background_thread:false"),
+            env=_variables(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,11 +103,19 @@ class Preloaded:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
-        self._folder.cleanup()
 
-    def start(self, *arguments: str, cwd: Path, output: Path, **environment: str | None) -> Command:
-        """Fork ``kd-lightning *arguments``; a variable that is None is taken out of its environment."""
-        asked = {"start": list(arguments), "cwd": str(cwd), "output": str(output), "environment": environment}
+    def start(
+        self, *arguments: str, cwd: Path, output: Path, program: str = KD_LIGHTNING, **more: str | None
+    ) -> Command:
+        """Fork ``kd-lightning *arguments``, or ``python -c <program> *arguments``.
+
+        It has the environment of this process and ``more``, without the variables that are None; one that is read by
+        what was imported before changes nothing.
+        """
+        output.touch()  # may be read at once
+        variables = {key: value for key, value in {**_variables(), **more}.items() if value is not None}
+        asked = {"start": list(arguments), "program": program, "cwd": str(cwd), "output": str(output)}
+        asked["environment"] = variables
         return Command(self.ask(asked)["pid"], output, self)
 
     def run(
@@ -120,10 +125,10 @@ class Preloaded:
         output: Path,
         code: int = 0,
         seconds: float = 600,
-        **environment: str | None,
+        **more: str | None,
     ) -> str:
         """Return what it printed; it has to end with ``code``."""
-        command = self.start(*arguments, cwd=cwd, output=output, **environment)
+        command = self.start(*arguments, cwd=cwd, output=output, **more)
         ended = command.wait(seconds)
         assert ended == code, f"{arguments} ended with {ended}:\n{command.printed()[-6000:]}"
         return command.printed()
@@ -140,8 +145,14 @@ class Preloaded:
         return answer
 
 
-def _serve(database: str) -> None:
-    """Import, then fork a command for each line asked; ``database`` is where to keep a new store, to be copied."""
+def _variables() -> dict[str, str]:
+    # pyarrow's allocator has a thread of its own otherwise
+    return environment(PYTHONPATH=str(ROOT), JE_ARROW_MALLOC_CONF="background_thread:false")
+
+
+def _serve() -> None:
+    """Import, then fork a command for each line asked."""
+    inherited = set(os.environ)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # Not onnxruntime, which starts a thread as it is imported.
@@ -150,17 +161,19 @@ def _serve(database: str) -> None:
     import onnx
     import onnxscript
     import sqlalchemy.dialects.sqlite
+    import torch.export._trace
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     import kd_lightning.cli
     import kd_lightning.command
+    from kd_lightning.data import fashion_mnist
     from kd_lightning.source_code import package_hash
 
-    del lightning, mlflow, onnx, onnxscript, sqlalchemy
+    del kd_lightning, lightning, mlflow, onnx, onnxscript, sqlalchemy, torch
     package_hash()
-    read_operators_once()
-    measure_briefly()
-    look_briefly()
-    migrate_once(Path(database))
+    shortcuts.take()
+    fashion_mnist.read_packaged()
+    ONNXRegistry.from_torchlib()
 
     def answer(content: dict[str, object]) -> None:
         print(json.dumps(content), file=answers, flush=True)
@@ -174,11 +187,13 @@ def _serve(database: str) -> None:
             continue
         pid = os.fork()
         if pid == 0:
-            _be_command(request, kd_lightning.cli.main)
+            for key in inherited - request["environment"].keys():
+                os.environ.pop(key, None)  # an import may have taken it out
+            _be_command(request)
         answer({"pid": pid})
 
 
-def _be_command(request: dict[str, object], main: Callable[[], None]) -> None:
+def _be_command(request: dict[str, object]) -> None:
     os.setsid()
     if sys.platform == "linux":  # PR_SET_PDEATHSIG: a command does not outlive the tests
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -189,13 +204,14 @@ def _be_command(request: dict[str, object], main: Callable[[], None]) -> None:
     os.closerange(3, 256)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(str(request["cwd"]))
-    for key, value in request["environment"].items():  # type: ignore[attr-defined]
-        os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+    os.environ.update(request["environment"])  # type: ignore[call-overload]
+    if shortcuts.FEW_SAMPLES in os.environ:
+        shortcuts.read_few()
     arguments: Sequence[str] = request["start"]  # type: ignore[assignment]
     sys.argv = ["kd-lightning", *arguments]
     code: object = 0
     try:
-        main()
+        exec(str(request["program"]), {"__name__": "__main__"})
     except SystemExit as error:
         code = error.code
         if isinstance(code, str):

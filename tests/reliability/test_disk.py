@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kd_lightning.durable_files import unseal
 from kd_lightning.pipeline.folder import held
-from tests.command import IN_FLOAT, copied
+from tests.command import IN_FLOAT, copied, preloaded
 from tests.pipeline.test_pipeline import runs
 from tests.reliability.preloaded import Command, Preloaded
 
@@ -23,9 +22,8 @@ ROWS = [*SMALL, "quantized.steps=8", "quantized.calibration_samples=64"]
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[Preloaded]:
-    with Preloaded() as parent:
-        yield parent
+def commands() -> Preloaded:
+    return preloaded()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,6 @@ def waits_for(command: Command, process: int) -> bool:
 
 def test_two_equal_commands_train_everything_once(commands, whole, tmp_path) -> None:
     (teacher,) = whole.glob("mlruns/stages/teacher-*")  # the stage that these commands begin with
-    (tmp_path / "first").touch(), (tmp_path / "second").touch()
     with held(tmp_path / "mlruns" / "stages" / teacher.name, "the test"):
         first = commands.start(*SMALL, IN_FLOAT, cwd=tmp_path, output=tmp_path / "first")
         assert waits_for(first, os.getpid())
@@ -140,7 +137,6 @@ def test_a_command_that_waits_can_be_interrupted_and_a_killed_one_is_not_waited_
     arguments = [*SMALL, "stages=[teacher]", "logger=null", "teacher.trainer.max_steps=100000"]
     first = commands.start(*arguments, cwd=tmp_path, output=tmp_path / "first")
     assert first.wait_until(lambda: list(tmp_path.glob("mlruns/stages/teacher-*/last.ckpt")))
-    (tmp_path / "second").touch()
     second = commands.start(*arguments, cwd=tmp_path, output=tmp_path / "second")
     assert waits_for(second, first.pid)
     second.send(signal.SIGINT)

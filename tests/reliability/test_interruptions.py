@@ -5,7 +5,6 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,18 +12,21 @@ import numpy as np
 import pytest
 
 from kd_lightning import load_student
+from tests.command import preloaded
 from tests.pipeline.test_pipeline import runs
-from tests.reliability.preloaded import Command, Preloaded
-from tests.shortcuts import MIGRATE
+from tests.reliability.preloaded import Command
+from tests.shortcuts import FEW_SAMPLES, MIGRATE
 
 pytestmark = pytest.mark.integration
 
 ARGUMENTS = [
+    "models@teacher.network=cnn8",
     "teacher.trainer.max_steps=60",
     "trainer.max_steps=12",
     "trainer.log_every_n_steps=2",
     "quantized.steps=6",
     "quantized.weights_only=null",
+    "quantized.calibration_samples=64",
     "seeds=[0]",
     "teachers=stored",
     "stages=[teacher,store_outputs,student,control,distilled,quantized,verdict]",
@@ -42,16 +44,15 @@ FIRST_FILES = {  # what a stage has written when it is under way
 KILLS = 20
 
 
-@pytest.fixture(scope="module")
-def parent() -> Iterator[Preloaded]:
-    with Preloaded() as started:
-        yield started
+def start(folder: Path, output: str = "output", **more: str) -> Command:
+    return preloaded().start(*ARGUMENTS, cwd=folder, output=folder / output, **{FEW_SAMPLES: "1"}, **more)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(parent: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    parent.run(*ARGUMENTS, cwd=folder, output=folder / "output")
+    command = start(folder)
+    assert command.wait() == 0, command.printed()
     found = figures(folder)
     assert len(found) == 9 + 2  # stages; the verdict and its rows
     return found
@@ -95,7 +96,7 @@ def written(folder: Path) -> set[tuple[str, int]]:
     return found
 
 
-def test_killed_at_twenty_random_points(parent: Preloaded, uninterrupted: dict[str, object], tmp_path: Path) -> None:
+def test_killed_at_twenty_random_points(uninterrupted: dict[str, object], tmp_path: Path) -> None:
     chance, kills, attempt = random.Random(0), 0, 0
     while kills < KILLS:
         attempt += 1
@@ -104,7 +105,7 @@ def test_killed_at_twenty_random_points(parent: Preloaded, uninterrupted: dict[s
         finished = False
         while not finished:
             before = written(folder)
-            command = parent.start(*ARGUMENTS, cwd=folder, output=folder / "output", **{MIGRATE: "1"})
+            command = start(folder, **{MIGRATE: "1"})
             if kills < KILLS:
                 more = chance.choice([0, *range(1, 8)])  # files; 0 is a point in the start
                 finished = not command.wait_until(lambda: len(written(folder) - before) >= more)  # noqa: B023
@@ -121,10 +122,10 @@ def test_killed_at_twenty_random_points(parent: Preloaded, uninterrupted: dict[s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_in_each_stage(
-    parent: Preloaded, uninterrupted: dict[str, object], tmp_path: Path, number: signal.Signals, code: int
+    uninterrupted: dict[str, object], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     for stage, file in FIRST_FILES.items():
-        command = parent.start(*ARGUMENTS, cwd=tmp_path, output=tmp_path / "output")
+        command = start(tmp_path)
         assert command.wait_until(lambda: any(tmp_path.glob(f"mlruns/stages/{file}"))), f"ended before {stage}"  # noqa: B023
         command.send(number)
         assert command.wait(100) == code, f"{stage}: {command.printed()}"
@@ -133,15 +134,13 @@ def test_stopped_in_each_stage(
         assert command.left_behind() == [], stage
         _, parents, children = runs(tmp_path)
         assert {run.info.status for run in (*parents, *children)} <= {"FINISHED", "KILLED"}, stage
-    command = parent.start(*ARGUMENTS, cwd=tmp_path, output=tmp_path / "output")
+    command = start(tmp_path)
     assert command.wait() == 0, command.printed()
     assert_whole(tmp_path, command, uninterrupted)
 
 
-def test_two_equal_commands_at_once_train_once(
-    parent: Preloaded, uninterrupted: dict[str, object], tmp_path: Path
-) -> None:
-    commands = [parent.start(*ARGUMENTS, cwd=tmp_path, output=tmp_path / f"output-{i}") for i in range(2)]
+def test_two_equal_commands_at_once_train_once(uninterrupted: dict[str, object], tmp_path: Path) -> None:
+    commands = [start(tmp_path, f"output-{i}") for i in range(2)]
     for command in commands:
         assert command.wait() == 0, command.printed()
     for command in commands:

@@ -26,11 +26,18 @@ def free_port() -> int:
 
 
 class Server:
-    """A real `mlflow server`, on SQLite unless another store is given, in a process group of its own."""
+    """A real `mlflow server` in a process group of its own, without the processes that run MLflow's jobs.
 
-    def __init__(self, folder: Path, store: str | None = None) -> None:
+    Args:
+        folder: Of its log and its files.
+        store: A new store of SQLite, of which it uses a copy, or the address of another one.
+    """
+
+    def __init__(self, folder: Path, store: Path | str) -> None:
         self.folder, self.port = folder, free_port()
-        self.store = store or f"sqlite:///{folder}/mlflow.db"
+        if isinstance(store, Path):
+            store = f"sqlite:///{shutil.copy(store, folder / 'mlflow.db')}"
+        self.store = store
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -40,7 +47,8 @@ class Server:
         store += ["--artifacts-destination", str(self.folder / "artifacts")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *store, *where],
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            # Eight processes that import MLflow, and serve evaluations alone.
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=(self.folder / "server.log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,36 @@ from mlflow import MlflowClient
 from kd_lightning import load_student
 from kd_lightning.tracking.journal import history
 from kd_lightning.tracking.sync import sync
-from tests.reliability.preloaded import Command, Preloaded
+from tests.command import preloaded
+from tests.reliability.preloaded import Command
 from tests.shortcuts import MIGRATE
 from tests.test_answers import Project, is_asked_for_the_runs
 from tests.tracking.servers import Server, failing, free_port, silent
 
 pytestmark = pytest.mark.integration
 
-SHORT = ["teacher.trainer.max_steps=60", "trainer.max_steps=12", "seeds=[0]", "stages=[teacher,student]"]
-LONG = ["teacher.trainer.max_steps=60", "trainer.max_steps=1000", "seeds=[0]", "stages=[teacher,student]"]
+STAGES = ["seeds=[0]", "stages=[teacher,student]", "models@teacher.network=cnn8"]
+SHORT = ["teacher.trainer.max_steps=60", "trainer.max_steps=12", *STAGES]
+LONG = ["teacher.trainer.max_steps=60", "trainer.max_steps=500", *STAGES]
 INTERRUPTED = "Interrupted. The same command goes on from the last checkpoint."
 
 
 @pytest.fixture(scope="module")
-def preloaded() -> Iterator[Preloaded]:
-    with Preloaded() as preloaded:
-        yield preloaded
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+def server(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), database)
     server.start()
     yield server
     server.kill()
 
 
 @pytest.fixture
-def start(preloaded: Preloaded, tmp_path: Path) -> Iterator[Callable[..., Command]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start a command in the test's folder, and end what is left of it afterwards."""
     started: list[Command] = []
 
     def start(*arguments: str, **more: Any) -> Command:
         output = tmp_path / f"printed-{len(started)}.txt"
-        started.append(preloaded.start(*arguments, cwd=tmp_path, output=output, **more))
+        started.append(preloaded().start(*arguments, cwd=tmp_path, output=output, **more))
         return started[-1]
 
     yield start
@@ -294,13 +290,9 @@ def test_a_disk_that_fills_in_training_ends_in_one_line(
         shutil.copy(database, small / "mlflow.db")
         command = start(*LONG, "name=full")
         assert command.wait_until(in_fit(tmp_path))
-        with (small / "filler").open("wb") as filler:
-            try:
-                while True:
-                    filler.write(bytes(1 << 16))
-                    filler.flush()
-            except OSError:
-                pass
+        with (small / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(1 << 16))
         code = command.wait(120)
         printed = command.printed()
     finally:

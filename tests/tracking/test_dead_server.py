@@ -69,8 +69,8 @@ def fit(logger: MLFlowLogger, at: dict[int, Callable[[], object]] | None = None)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+def server(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), database)
     server.start()
     yield server
     server.kill()

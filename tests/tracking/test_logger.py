@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -98,9 +97,8 @@ def test_the_argument_goes_before_the_environment_before_the_working_directory(
     )
 
 
-def test_labels_as_users_write_them_are_logged_under_names_that_mlflow_takes(finished, tmp_path: Path) -> None:
-    shutil.copytree(finished[0] / "mlruns", tmp_path / "mlruns")  # a store that is migrated already
-    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlruns/mlflow.db", run_name="names")
+def test_labels_as_users_write_them_are_logged_under_names_that_mlflow_takes(store: Path) -> None:
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{store}", run_name="names")
     logger.log_hyperparams({"variants": {"T=4": {"losses.kd.temperature": 4.0}}})
     assert logger.shipper.flush()
     params = logger.experiment.get_run(logger.run_id).data.params

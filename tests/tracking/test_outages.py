@@ -22,9 +22,11 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module", params=["SQLite", "PostgreSQL"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     with ExitStack() as stack:
-        store = None
+        store: Path | str = database
         if request.param == "PostgreSQL":
             if missing := Postgres.missing():
                 pytest.skip(missing)

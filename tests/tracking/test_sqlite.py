@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_lightning.tracking.sqlite import check_database, create_database
+from tests.shortcuts import MIGRATE
 
 
 def test_a_whole_database_and_none_at_all_are_fine(store: Path, tmp_path: Path) -> None:
@@ -54,7 +55,8 @@ def test_a_lock_is_waited_for_and_one_that_stays_is_named(store: Path) -> None:
     check_database(store)
 
 
-def test_what_a_killed_creation_left_is_no_hindrance(tmp_path: Path) -> None:
+def test_what_a_killed_creation_left_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MIGRATE, "1")
     (tmp_path / ".mlflow.db.tmp").write_bytes(b"half a database")
     (tmp_path / ".mlflow.db.tmp-journal").write_bytes(b"of that")
     (tmp_path / ".mlflow.db.lock").touch()

@@ -1,10 +1,9 @@
 """What a run has left in its journal is shipped later, from another machine too, once, and with nobody's password."""
 
-import os
 import shutil
 import signal
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from mlflow import MlflowClient
 
 from kd_lightning.tracking import MLFlowLogger, sync
 from kd_lightning.tracking.journal import Journal, history, is_ended
+from tests.command import preloaded
 from tests.tracking.servers import free_port
-
-ROOT = Path(__file__).parents[2]
 
 
 def at_once(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -147,7 +145,7 @@ def test_parents_are_shipped_ahead_of_their_children_wherever_they_lie(store: Pa
 TRAINING = """
 import sys, time
 from kd_lightning.tracking import MLFlowLogger
-logger = MLFlowLogger(tracking_uri=sys.argv[1], run_name="run", tags={"a": "tag"}, offline=sys.argv[2] == "offline")
+logger = MLFlowLogger(tracking_uri=sys.argv[1], run_name="run", tags={"a": "tag"})
 step = 0
 while True:
     logger.log_metrics({"step": float(step)}, step)
@@ -155,6 +153,7 @@ while True:
     step += 1
     time.sleep(0.002)
 """
+SYNC = "from kd_lightning.tracking.sync import main; main()"
 
 
 @pytest.mark.integration
@@ -163,22 +162,17 @@ def test_a_killed_training_is_closed_and_shipped_and_a_live_one_is_left_alive(
 ) -> None:
     """With syncs beside it: two at once, while it logs, ships and is killed."""
     uri = f"sqlite:///{store}"
-    command = [sys.executable, "-c", TRAINING, uri, "online"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    training = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert training.stdout is not None
-    for _ in range(500):
-        training.stdout.readline()
-    again = [sys.executable, "-m", "kd_lightning.tracking.sync", str(tmp_path)]
-    syncs = [subprocess.Popen(again, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in syncs]
-    assert [process.returncode for process in syncs] == [0, 0], said
-    assert all("1 runs are still under way" in words for words in said)
+    start = partial(preloaded().start, cwd=tmp_path)
+    training = start(uri, output=tmp_path / "printed", program=TRAINING)
+    assert training.wait_until(lambda: len(training.printed().split()) > 500)
+    syncs = [start(str(tmp_path), output=tmp_path / f"said-{i}", program=SYNC) for i in range(2)]
+    assert [command.wait() for command in syncs] == [0, 0], [command.printed() for command in syncs]
+    assert all("1 runs are still under way" in command.printed() for command in syncs)
     _, run = only_run(uri)
     assert run.info.status == "RUNNING"
-    training.send_signal(signal.SIGKILL)
-    printed = training.stdout.read().split()
-    training.wait()
+    training.kill()
+    assert training.wait() == -signal.SIGKILL
+    printed = training.printed().split()
     (folder,) = tmp_path.glob("journals/*")
     assert not is_ended(folder)
     assert at_once([str(tmp_path)], monkeypatch) == 0
