@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,20 @@ from kd_lightning.pipeline.folder import held
 from tests.command import IN_FLOAT, copied, preloaded
 from tests.pipeline.test_pipeline import runs
 from tests.reliability.preloaded import Command, Preloaded
+from tests.shortcuts import FEW_SAMPLES
 
 pytestmark = pytest.mark.integration
 
 SMALL = ["teacher.trainer.max_steps=40", "trainer.max_steps=12", "trainer.log_every_n_steps=2", "seeds=[0]"]
+SMALL += ["models@teacher.network=cnn8"]
 ROWS = [*SMALL, "quantized.steps=8", "quantized.calibration_samples=64"]
 
 
 @pytest.fixture(scope="module")
-def commands() -> Preloaded:
-    return preloaded()
+def commands() -> Iterator[Preloaded]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(FEW_SAMPLES, "1")
+        yield preloaded()
 
 
 @pytest.fixture(scope="module")
