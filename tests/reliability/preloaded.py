@@ -21,6 +21,7 @@ from tests import shortcuts
 from tests.command import environment
 
 ROOT = Path(__file__).resolve().parents[2]
+_OF_OTHER_TESTS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 KD_LIGHTNING = "from kd_lightning.cli import main; main()"
 
 
@@ -147,7 +148,9 @@ class Preloaded:
 
 def _variables() -> dict[str, str]:
     # pyarrow's allocator has a thread of its own otherwise
-    return environment(PYTHONPATH=str(ROOT), JE_ARROW_MALLOC_CONF="background_thread:false")
+    found = environment(PYTHONPATH=str(ROOT), JE_ARROW_MALLOC_CONF="background_thread:false")
+    # What a logger of another test has set in this process: MLflow tells the processes that it starts of its store.
+    return {name: value for name, value in found.items() if name not in _OF_OTHER_TESTS}
 
 
 def _serve() -> None:
