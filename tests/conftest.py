@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -90,6 +91,16 @@ def _note_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
     if file and report.skipped and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(file, "a", encoding="utf-8") as skipped:
             skipped.write(f"{report.nodeid}\n")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """A test draws what it draws alone, whichever ones ran before it in its worker."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -227,7 +227,7 @@ def test_the_worst_layer_is_found_in_openvino_too(tmp_path) -> None:
     with torch.no_grad():
         network[1].weight[:, ::16] *= 50  # one large weight in each group: the others of the group become 0
     with pytest.raises(ValueError, match=r"s.xml in int4 .*; expected 100.0%; it departs most at layer '1'"):
-        export(network, INPUTS, tmp_path / "s.xml", "openvino", "int4", least_agreement=1.0)
+        export(network, images(256), tmp_path / "s.xml", "openvino", "int4", least_agreement=1.0)
     assert not list(tmp_path.iterdir())
 
 
