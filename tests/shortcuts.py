@@ -24,7 +24,6 @@ def take(*, imported: bool = False) -> None:
     for module, shortcut in {
         "torch.onnx._internal.exporter._registration": read_operators_once,
         "torch.onnx._internal.exporter._core": list_operators_once_an_export,
-        "kd_lightning.data.fashion_mnist_files": read_images_once,
         "kd_lightning.pipeline.measure": measure_briefly,
         "kd_lightning.pipeline.soft_outputs": look_briefly,
         "kd_lightning.tracking.sqlite": migrate_once,
@@ -70,14 +69,6 @@ def list_operators_once_an_export() -> None:
 
     for module in (utils, decomp_utils, exported_program):
         module._collect_all_valid_cia_ops = collected  # type: ignore[attr-defined]
-
-
-def read_images_once() -> None:
-    """Decompress the packaged images once: a pipeline reads them for each stage, and in its checks before."""
-    from kd_lightning.data import fashion_items, fashion_mnist, fashion_mnist_files
-
-    if not hasattr(fashion_mnist.read_packaged, "__wrapped__"):
-        fashion_mnist.read_packaged = fashion_items.read_packaged = functools.cache(fashion_mnist_files.read_packaged)
 
 
 def read_few() -> None:

@@ -4,6 +4,7 @@ import gzip
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ _VALIDATION = 1000  # the last of the publisher's 60,000 training images
 Arrays = dict[str, NDArray[np.uint8]]
 
 
+@cache  # a pipeline asks for them for each stage, and in its checks before
 def read_packaged(file: Path = PACKAGED) -> Arrays:
-    """Read the images that come with the package.
+    """Read the images that come with the package: the same arrays each time, which nobody changes.
 
     Raises:
         ValueError: When the file is torn or another one.
