@@ -16,6 +16,13 @@ def test_nothing_lost_and_no_training_needed_is_said():
     )
 
 
+def test_a_file_that_validation_preferred_is_not_said_to_be_needless():
+    verdict = compare(measured(everything(), distilled_QAT_int8={"val": 1.1}), TASK)
+    assert verdict.served == "distilled QAT int8"
+    assert "QAT, which the validation split preferred, was not shown better than PTQ (0.0 points" in said(verdict)
+    assert "PTQ is enough" not in said(verdict)
+
+
 def test_what_post_training_loses_and_training_wins_back():
     text = said(compare(everything(ptq=0.70, qat=0.798), TASK))
     assert "In int8, against fp32: PTQ lost 10.0 points (" in text
