@@ -182,10 +182,7 @@ def say_again(answer: Answer, console: Console, *, quiet: bool = False, as_json:
     elif quiet:
         print(answer.words.sentence)
     else:
-        console.print(
-            f"Nothing has changed since {answer.at}, when this was found:\n",
-            highlight=False,
-        )
+        console.print(f"Nothing has changed since {answer.at}, when this was found:\n", highlight=False)
         print_said(answer.tables, answer.words, console)
         print_places(answer.report, answer.places, console)
 
@@ -203,17 +200,18 @@ def keep(
         inputs: Files and folders that the data is read from, and others that are named.
         stages: Folders of all that was trained and stored.
     """
-    own = Watched(code=tuple(sorted({*_own_modules(), *code})), inputs=tuple(sorted(set(inputs))))
+    given = Watched(code=tuple(sorted({*_own_modules(), *code})), inputs=tuple(sorted(set(inputs))))
     written = Watched(code=tuple(sorted({str(path) for path in (folder, *stages)})))
-    before = look(asked.watched.plus(own))
+    known = given.plus(written)
+    before = look(asked.watched.plus(given))
     if before is None or not is_older(before, asked.since):
         return
-    entries = look(asked.watched.plus(own).plus(written))
+    entries = look(asked.watched.plus(known))
     if entries is None or not {*before} <= {*entries}:  # written meanwhile
         return
     content = {
         "answer": asdict(replace(answer, at=time.strftime("%Y-%m-%d %H:%M"))),
-        "watched": list(own.plus(written)),
+        "watched": list(known),
         "state": state_of(entries),
     }
     for older in folder.glob("answer-*.json"):
