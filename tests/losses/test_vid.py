@@ -124,7 +124,7 @@ def test_the_variance_is_trained() -> None:
         assert id(raw) in optimized
         variance = torch.nn.functional.softplus(raw) + 1e-5
         assert raw.shape == (16,)  # the teacher's channels
-        assert ((variance - 5.0).abs() > 1e-3).all()
+        assert (variance - 5.0).abs().mean() > 0.01
 
 
 def test_large_features_and_tiny_variances_stay_finite() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import mlflow
@@ -70,6 +71,21 @@ def test_where_nothing_has_changed_the_same_command_says_at_once_what_it_found(f
     client.delete_run(parents[-1].info.run_id)
     assert kd_lightning(*TINY, cwd=folder).count("reused") == 4
     assert len(runs(folder)[1]) == len(parents)
+
+
+def test_no_answer_is_kept_of_a_variant_whose_data_does_not_say_what_it_reads(finished, tmp_path: Path) -> None:
+    folder = copied(finished[0], tmp_path)
+    for answer in folder.rglob("answer-*.json"):
+        answer.unlink()
+    methods = {"silent": "pass", "telling": "def sources(self):\n        return []"}
+    for name, method in methods.items():
+        module = f"from kd_lightning.data import FashionMNIST\n\n\nclass Own(FashionMNIST):\n    {method}\n"
+        (folder / f"{name}.py").write_text(module)
+    time.sleep(0.1)  # of what is written as a command begins none is kept either
+    for name, answers in (("silent", 0), ("telling", 1)):
+        variants = f"+variants={{own:{{data._target_:{name}.Own}}}}"
+        kd_lightning(*TINY, "stages=[teacher,distilled,verdict]", variants, cwd=folder)
+        assert len(list(folder.rglob("answer-*.json"))) == answers
 
 
 def test_what_has_changed_is_trained_and_nothing_else(finished, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def _be_command(request: dict[str, object]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(str(request["cwd"]))
     os.environ.update(request["environment"])  # type: ignore[call-overload]
+    sys.modules["kd_lightning.cli"]._BEGUN = time.time_ns()  # type: ignore[attr-defined]
     if shortcuts.FEW_SAMPLES in os.environ:
         shortcuts.read_few()
     arguments: Sequence[str] = request["start"]  # type: ignore[assignment]
