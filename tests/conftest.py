@@ -16,6 +16,7 @@ os.environ["KD_RAISE_ERRORS_OF_REPORT"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
 os.environ.pop("MLFLOW_RUN_ID", None)
+os.environ.pop("MLFLOW_HTTP_REQUEST_MAX_RETRIES", None)
 
 import pytest
 from filelock import FileLock

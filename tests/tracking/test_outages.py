@@ -3,8 +3,7 @@
 import logging
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from mlflow import MlflowClient
 from kd_lightning.tracking.journal import history
 from tests.tiny import loader, trainer
 from tests.tracking.servers import Between, Postgres, Server
-from tests.tracking.test_dead_server import LONGEST_WAIT, Module, Timed
+from tests.tracking.test_dead_server import LONGEST_WAIT, Module, Timed, until
 
 pytestmark = pytest.mark.integration
 
@@ -38,13 +37,6 @@ def server(
         server.start()
         stack.callback(server.kill)
         yield server
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_no_outage_stops_a_training_or_costs_a_value(server: Server, tmp_path: Path, caplog) -> None:
