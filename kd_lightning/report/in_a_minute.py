@@ -198,8 +198,10 @@ def _file(facts: Facts) -> Card | None:
 def _of_teacher(facts: Facts) -> str:
     """Say what quantising the teacher alone gives."""
     key = next((key for key in facts.quantized_from("teacher") if facts.figure(key, "latency_ms_p50")), None)
-    large, small = (facts.figure(of, "latency_ms_p50") if of else None for of in ("teacher", key))
-    if key is None or not large or not small:
+    if key is None:
+        return ""
+    large, small = (facts.figure(of, "latency_ms_p50") for of in ("teacher", key))
+    if not large or not small:
         return ""
     ratio = large / small
     how = f"{times(max(ratio, 1 / ratio))} {'faster' if ratio >= 1 else 'slower'} than in float"

@@ -290,11 +290,12 @@ class _Frame:
 def _bounds(axis: Axis, values: Sequence[float], margin: float) -> tuple[float, float]:
     found = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)] or [1.0]
     low, high = min(found), max(found)
+    differ = high - low > 1e-9 * max(abs(low), abs(high))  # by more than rounding
     if axis.log:
-        room = (high / low) ** margin if high > low else 1.5
+        room = (high / low) ** margin if differ else 1.5
         low, high = low / room, high * room
     else:
-        room = margin * (high - low) if high > low else max(abs(high) * 0.1, 0.5)
+        room = margin * (high - low) if differ else max(abs(high) * 0.1, 0.5)
         low, high = low - room, high + room
     return (low if axis.low is None else axis.low), (high if axis.high is None else axis.high)
 

@@ -4,6 +4,7 @@ import base64
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 
@@ -13,7 +14,7 @@ from kd_lightning.report.facts import Facts
 from kd_lightning.report.html import render, render_many
 from kd_lightning.report.in_a_minute import cards
 from kd_lightning.report.words import say
-from tests.pipeline.finished_runs import TASK, everything, runs, sweep
+from tests.pipeline.finished_runs import TASK, everything, latency, measured, runs, sweep
 from tests.report.records import by_task, record, several, verdict
 
 EVIL = '<script>alert("x")</script>&amp;'
@@ -64,6 +65,25 @@ def test_every_section_stands_where_there_is_something_to_show() -> None:
     assert {f"#{key}" for key in list(shown.sections)[-7:]} <= linked
     bare = page(of=compare(runs(teacher=0.9, student=0.7, distilled=0.8), TASK), training={"teacher": {}})
     assert list(bare.sections)[-3:] == ["minute", "verdict", "reproduce"]
+
+
+def test_whichever_stages_were_left_out_there_is_a_page() -> None:
+    roles = ("teacher", "student", "control", "distilled", "continued", "quantized")
+    results = everything()
+    files = {result.label: {"file_mb": 0.1} | latency(0.1, 9000) for result in results}
+    results = measured(results, **files)
+    for left_out in (set(of) for count in range(len(roles)) for of in combinations(roles, count)):
+        source_of = {result.label: result.quantized.source for result in results if result.quantized is not None}
+        some = [x for x in results if x.role not in left_out and source_of.get(x.label) not in left_out]
+        if not some:
+            continue
+        for seeds in ((0,), (0, 1, 2)):
+            of = compare([result for result in some if result.seed in seeds], TASK, runtime="ONNX Runtime")
+            shown = page(of=of)
+            assert list(shown.sections)[-1] == "reproduce", left_out
+            assert {f"{100 * model.value:.1f}" for model in of.models.values()} <= {
+                *re.findall(r"\d+\.\d", shown.sections["verdict"])
+            }, left_out
 
 
 def test_what_was_decided_is_said_with_its_figures() -> None:
