@@ -1,5 +1,7 @@
 """Records of pipelines without training: a verdict with chosen figures, and outputs that are drawn."""
 
+from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,24 +80,28 @@ def module(**attributes: Any) -> Any:
     return SimpleNamespace(**attributes)
 
 
-def drawn(task: Any, inputs: torch.Tensor, target: torch.Tensor, shape: tuple[int, ...], data: Any) -> dict[str, Any]:
+def drawn(
+    task: Any, inputs: torch.Tensor, target: torch.Tensor, shape: tuple[int, ...], data: Any, models: Sequence[str]
+) -> dict[str, Any]:
     """What the outputs of drawn networks show: those of students are the teacher's and some noise."""
     random = np.random.default_rng(0)
     teacher = 3 * random.standard_normal((len(inputs), *shape)).astype(np.float32)
     logits = {
         name: [teacher + noise * random.standard_normal(teacher.shape).astype(np.float32) for noise in [i] * seeds]
         for i, (name, seeds) in enumerate(MODELS.items())
+        if name in models
     }
     cut = len(inputs) // 2
     batches = [Batch((x,), {}, y) for x, y in ((inputs[:cut], target[:cut]), (inputs[cut:], target[cut:]))]
     outputs = SoftOutputs(batches, logits, len(inputs), 100)
     losses = {"kd": KD(temperature=4.0, weight=0.9), "hard_label": HardLabel(weight=0.1)}
-    found = of_outputs(task, outputs, Data(data), Distilled("distilled", losses, 4.0))
+    of = Distilled("distilled", losses, 4.0) if "distilled" in models else Distilled(None, {}, None)
+    found = of_outputs(task, outputs, Data(data), of)
     return {**found, "looked_at": {"units": len(inputs), "of": 100, "seconds": 0.1}} if found else {}
 
 
-def by_task(names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The parts of a record that come of outputs, by task."""
+def by_task(names: list[str] | None = None, models: Sequence[str] = tuple(MODELS)) -> dict[str, dict[str, Any]]:
+    """The parts of a record that come of outputs of some models, by task."""
     random = torch.Generator().manual_seed(0)
     classes = names or ["boot", "shirt", "coat", "bag"]
     images = torch.rand(UNITS, 1, 12, 12, generator=random)
@@ -103,30 +109,31 @@ def by_task(names: list[str] | None = None) -> dict[str, dict[str, Any]]:
     tokens = torch.from_numpy(Characters.of([TEXT]).encode(TEXT * 20)[: UNITS * 20].astype(np.int64)).view(UNITS, 20)
     size = Characters.of([TEXT]).size
     named = module(class_names=classes, mean=(0.5,), std=(0.25,))
+    made = partial(drawn, models=models)
     return {
-        "classification": drawn(Classification(), images, labels, (4,), named),
-        "segmentation": drawn(
+        "classification": made(Classification(), images, labels, (4,), named),
+        "segmentation": made(
             Segmentation(), images, torch.randint(0, 4, (UNITS, 12, 12), generator=random), (4, 12, 12), named
         ),
-        "several labels": drawn(MultiLabel(), images, torch.randint(0, 2, (UNITS, 4), generator=random), (4,), named),
-        "rows": drawn(
+        "several labels": made(MultiLabel(), images, torch.randint(0, 2, (UNITS, 4), generator=random), (4,), named),
+        "rows": made(
             Regression(), torch.rand(UNITS, 5), torch.rand(UNITS, 1), (1,), module(feature_names=list("abcde"))
         ),
-        "language model": drawn(
+        "language model": made(
             LanguageModelling(per="character"),
             tokens,
             tokens.roll(-1, 1),
             (20, size),
             module(tokenizer=Characters.of([TEXT])),
         ),
-        "words": drawn(
+        "words": made(
             TokenClassification(),
             tokens,
             tokens % 4,
             (20, 4),
             module(class_names=classes, words_of=lambda x: ["word"] * len(x)),
         ),
-        "vectors": drawn(Embedding(), images, labels, (8,), named),
+        "vectors": made(Embedding(), images, labels, (8,), named),
     }
 
 

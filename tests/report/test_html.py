@@ -86,6 +86,18 @@ def test_whichever_stages_were_left_out_there_is_a_page() -> None:
             }, left_out
 
 
+@pytest.mark.parametrize(
+    "models",
+    [("teacher", "student"), ("teacher", "control"), ("teacher", "distilled"), ("teacher", "student", "control")],
+)
+def test_whichever_of_the_networks_answered_their_answers_are_shown(models) -> None:
+    of = compare([result for result in everything() if result.role in models], TASK)
+    for name, parts in by_task(models=models).items():
+        assert parts, name
+        shown = page(of=of, **parts)
+        assert "knowledge" in shown.sections, name
+
+
 def test_what_was_decided_is_said_with_its_figures() -> None:
     of = verdict()
     shown = page(of=of)
