@@ -166,6 +166,8 @@ def find(asked: Question) -> Answer | None:
             fields = {key: _as_tuple(value) for key, value in content["answer"].items()}
             tables = tuple(Table(*table) for table in fields.pop("tables"))
             found = Answer(tables=tables, words=Words(*fields.pop("words")), **fields)
+            if not Path(found.report).is_file():  # it may be made again, but has to be there
+                continue
             watched, state = Watched(*map(tuple, content["watched"])), content["state"]
         except (ValueError, KeyError, TypeError, OSError):
             continue  # of another version

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_OF_NO_STAGE = re.compile(r"\..*|__pycache__|lock|owner|shipped\.json|answer-\w+\.json|.*\.pyc")
+_OF_NO_STAGE = re.compile(r"\..*|__pycache__|lock|owner|shipped\.json|report\.html|answer-\w+\.json|.*\.pyc")
 _OF_NO_CONFIGURATION = re.compile(r"\..*|__pycache__|site-packages|node_modules|mlruns|mlartifacts|outputs|multirun")
 """What is not looked through for configurations, where a whole project is their folder."""
 _MOST = 20_000

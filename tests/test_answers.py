@@ -56,6 +56,7 @@ class Project:
             "images/train/lock/0.png": "image",
             "elsewhere.png": "image",
             "mlruns/stages/pipeline-1/verdict.json": "{}",
+            "mlruns/stages/pipeline-1/report.html": "page",
             "mlruns/stages/teacher-1/final.ckpt": "weights",
             "mlruns/stages/teacher-1/lock": "",
         }.items():
@@ -96,6 +97,7 @@ def test_what_tells_nothing_of_the_outcome_may_change(project: Project) -> None:
     project.keep()
     (project.stage / "lock").write_text("of another command")
     (project.pipeline / "shipped.json").write_text("{}")
+    (project.pipeline / "report.html").write_text("made again")
     (project.folder / "conf/notes.txt").write_text("no configuration")
     (project.folder / "conf/mlruns").mkdir()
     (project.folder / "conf/mlruns/conda.yaml").write_text("of a model")
@@ -143,6 +145,7 @@ CHANGES: dict[str, Callable[[Project], object]] = {
     "trained weights": rewrite("mlruns/stages/teacher-1/final.ckpt"),
     "a stage less": lambda p: p.stage.rename(p.folder / "elsewhere"),
     "the verdict": rewrite("mlruns/stages/pipeline-1/verdict.json"),
+    "no report": lambda p: (p.pipeline / "report.html").unlink(),
     "an installed package": package,
     "the answer itself, torn": lambda p: next(p.pipeline.glob("answer-*")).write_text('{"sha256": "0", "ans'),
     "the answer itself, changed": lambda p: _replace(next(p.pipeline.glob("answer-*")), "80.0", "99.0"),
