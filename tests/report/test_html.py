@@ -1,6 +1,7 @@
 """The page: each section where there is something to show, what came from outside as text, of a bounded size."""
 
 import base64
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -210,6 +211,20 @@ def test_storing_the_teachers_outputs_is_part_of_the_price() -> None:
     assert "storing" not in page().sections["verdict"]
 
 
+def test_the_break_even_is_computed_from_what_was_measured() -> None:
+    (given,) = re.findall(r'id="costs">(.*?)</script>', render(record()))
+    costs = json.loads(given)
+    assert costs["teacher"] == 60
+    found = {option.pop("title"): option for option in costs["options"]}
+    measures = ("training", "storing", "single", "batch")
+    assert {title: tuple(option[name] for name in measures) for title, option in found.items()} == {
+        "teacher": (0.0, 0.0, pytest.approx(0.4e-3), pytest.approx(1 / 900)),
+        "distilled PTQ int8": (20.0, 0.0, pytest.approx(0.08e-3), pytest.approx(1 / 9000)),
+        "student alone": (10.0, 0.0, pytest.approx(0.1e-3), pytest.approx(1 / 9000)),
+    }
+    assert [option["quality"] for option in found.values()] == ["90.0 %", "80.0 %", "74.0 %"]
+
+
 def test_learning_rates_are_drawn_by_group_of_parameters() -> None:
     def curve(*rates: float) -> dict[str, list[float]]:
         return {"step": [0.0, 1.0, 2.0], "mean": list(rates), "low": list(rates), "high": list(rates)}
@@ -326,6 +341,11 @@ def test_several_pipelines_stand_side_by_side() -> None:
     assert "worth it in 2 of these 2 pipelines: numbers 1 and 2" in shown.sections["minute"]
     assert "another <pipeline>" in shown.sections["minute"]
     assert "losses.kd.temperature" in text
+    rows = re.findall(r'<th scope="row">\d\. .*?</th>(.*?)</tr>', text.replace("\xa0", " "))
+    assert [re.findall("<td>(.*?)</td>", row)[:5] for row in rows[:2]] == [
+        ["yes", "–", "90.0 %", "74.0 %", "80.0 %"],
+        ["yes", "2", "90.0 %", "74.0 %", "79.0 %"],
+    ]
     with pytest.raises(ValueError, match="expected two pipelines or more"):
         render_many([Facts(record())])
 
