@@ -208,11 +208,11 @@ def _training(verdict: Verdict) -> list[str]:
         return []
     if gain.worse:
         return [f"QAT is worse than PTQ by {_by(headline, -gain)}: leave it out."]
-    if not gain.better and verdict.served == verdict.qat:
-        not_shown = f"was not shown better than PTQ ({_not_shown(headline, gain)})"
-        return [f"QAT, which the validation split preferred, {not_shown}: PTQ may be enough."]
     if not gain.better:
-        return [f"QAT was not shown better than PTQ ({_not_shown(headline, gain)}): PTQ is enough."]
+        not_shown = f"was not shown better than PTQ ({_not_shown(headline, gain)})"
+        if verdict.served == verdict.qat:
+            return [f"QAT, which the validation split preferred, {not_shown}: PTQ may be enough."]
+        return [f"QAT {not_shown}: PTQ is enough."]
     text = f"QAT is better than PTQ by {_by(headline, gain)}"
     if beyond is not None and beyond.better:
         text += f", {_by(headline, beyond)} beyond what the same further steps bring in fp32"
